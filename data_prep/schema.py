@@ -1,0 +1,94 @@
+"""What a sample, a task and its preparation are. Everything downstream reads these and nothing else."""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Style = Literal["short", "yes_no", "mcq", "brief", "detailed", "number", "label", "latex", "caption", "bbox"]
+Reasoning = Literal["none", "think"]
+
+
+class Message(TypedDict):
+    """One chat turn. The images of a sample are attached, in order, to its first user turn."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Sample(TypedDict):
+    """One line of `RUN/data/<task>/{train,validation,test}.jsonl` (TRL's prompt/completion form, plus what scoring needs).
+
+    `prompt` ends with a user turn whose text already holds the format sentence; `completion` is what the model is
+    taught to say (an assistant turn; multi-turn dialogues alternate, and only assistant turns carry loss).
+    `references` are the accepted answers, without any reasoning. `meta` is free; known keys: `options` (list of option
+    texts of an mcq, in letter order), `question` (the question without options and format sentence), `image_id` (what
+    split and clustered errors group by), `asd` (provenance of a converted sample), `gold_think` (a gold rationale).
+    """
+
+    id: str
+    task: str
+    images: list[str]
+    prompt: list[Message]
+    completion: list[Message]
+    references: list[str]
+    style: Style
+    reasoning: Reasoning
+    meta: NotRequired[dict[str, Any]]
+
+
+class Config(BaseModel):
+    """Base of every recipe section: unknown keys are refused, values are not silently converted from other types."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TaskConfig(Config):
+    """One task of a stream, as a recipe writes it (design: `{name: receipts, train: train.json, test: …}`)."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    train: str  # a file (.json, .jsonl, .parquet), or module:function, a reader
+    test: str | float | None = None  # a file, a reader, or the share of images to split off (default 0.1)
+    validation: str | None = None
+    images: str | None = None  # the folder image paths are relative to; default: the data file's folder
+    style: Style | None = None  # inferred from the answers if missing
+    reasoning: Reasoning = "none"
+    scorer: str | None = None  # a kind of mcit.eval.scorers or module:function; inferred from the style if missing
+    reward: str = "same"  # RFT: "same" as the scorer, or module:function
+    format: str | None = None  # the format sentence to append to every question, if the data have none
+    overrides: dict[str, Any] = Field(default_factory=dict)  # of `train:`, for stages that train this task
+
+
+class LimitConfig(Config):
+    """Caps on the number of samples a task; the subset depends on the data alone, never on the run's seed."""
+
+    train: int | None = Field(default=None, gt=0)
+    test: int | None = Field(default=None, gt=0)
+
+
+class PrepareConfig(Config):
+    """The `prepare:` section of a recipe."""
+
+    limit: LimitConfig = Field(default_factory=LimitConfig)
+    on_bad: Literal["error", "drop"] = "error"
+
+
+class AsdConfig(Config):
+    """Answer-style diversification (SEFE, arXiv 2505.02486): `method: {asd: {…}}` of a recipe."""
+
+    fraction: float = Field(default=0.2, ge=0, le=1)  # 20 %: SEFE's best (page)
+    converter: Literal["rules"] = "rules"
+
+
+class PreparedTask(TypedDict):
+    """`RUN/data/<task>/task.json`: what the rest of the pipeline knows of a task. Written last, so it marks completion."""
+
+    name: str
+    style: Style
+    reasoning: Reasoning
+    scorer: str
+    reward: str
+    image_root: str  # "." when the images lie in this folder; sample image paths are relative to it
+    counts: dict[str, int]  # samples per part: train, validation, test
+    notes: list[str]  # what was inferred, split off or dropped, to be printed
+    hash: str  # of the samples and the images' bytes: the data's identity in every fingerprint
+    test_hash: str  # of the test part alone: what a score depends on

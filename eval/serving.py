@@ -1,0 +1,48 @@
+"""`stages/<k>/serving.json`: how the policy of a stage is served. The only thing evaluation knows of training."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_json, write_json
+from mcit.data_prep.schema import Config
+
+
+class Serving(Config):
+    """How to serve one stage's policy.
+
+    `base`: the untouched base model as given in the recipe (a folder or a Hub id) and its `revision` and `dtype`.
+    `kind`: `base` (row 0), `adapter` (a LoRA in `path`, on the untouched base) or `merged` (a whole model in `path`).
+    `path` is relative to the folder of `serving.json`. `hash` is the SHA-256 of what is served (adapter or model files,
+    or the base's own hash): predictions are keyed by it, and the adapter's name in vLLM comes from it.
+    """
+
+    stage: int = Field(ge=0)
+    name: str  # "base", or the stage's task names joined by "+"
+    kind: Literal["base", "adapter", "merged"]
+    base: str
+    revision: str | None = None
+    dtype: str = "bfloat16"
+    processor: dict[str, Any] = Field(default_factory=dict)  # e.g. min_pixels, max_pixels
+    trust_remote_code: bool = False
+    path: str | None = None
+    rank: int | None = None
+    base_hash: str
+    hash: str
+
+
+def write_serving(stage_dir: Path, serving: Serving) -> None:
+    """Write `serving.json` into a stage's folder, atomically."""
+    write_json(stage_dir / "serving.json", serving.model_dump())
+
+
+def read_serving(stage_dir: Path) -> Serving:
+    """Read and validate a stage's `serving.json`. Raises `InputError`."""
+    path = Path(stage_dir) / "serving.json"
+    try:
+        return Serving.model_validate(read_json(path))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(first["msg"], where=path, field=".".join(map(str, first["loc"]))) from None
