@@ -7,19 +7,19 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from .errors import InputError
 
 
 @contextlib.contextmanager
-def atomic_open(path: Path | str, mode: str = "w") -> Iterator[IO[Any]]:
+def atomic_open(path: Path | str, mode: Literal["w", "wb"] = "w") -> Iterator[IO[Any]]:
     """Open a temporary file beside `path` that replaces it on success and vanishes on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with os.fdopen(handle, mode, encoding=None if mode == "wb" else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -68,7 +68,7 @@ def read_json(path: Path | str) -> Any:
 def read_jsonl(path: Path | str) -> list[Any]:
     """Read one JSON value a line (blank lines are skipped); errors name the line."""
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # not splitlines(): text may hold U+2028
         if line.strip():
             try:
                 rows.append(json.loads(line))

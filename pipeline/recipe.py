@@ -1,14 +1,24 @@
-"""The recipe: one schema, validated before anything starts."""
+"""The recipe: one schema, validated before anything starts. `pipeline/layers.py` reads and merges its files."""
 
-from typing import Any, Literal
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, ValidationError
 
-from mcit.data_prep.schema import Config, PrepareConfig, TaskConfig
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import atomic_open
+from mcit.data_prep.schema import AsdConfig, Config, PrepareConfig, TaskConfig
 from mcit.eval.config import EvalConfig
+from mcit.pipeline.layers import Layers, nearest, read_layers, to_yaml
 
 Lineage = Literal["continue", "stack", "fold", "independent"]
 Reference = Literal["base", "previous", "none"]
+Paradigm = Literal["sft", "rft"]
 
 
 class ModelConfig(Config):
@@ -53,9 +63,9 @@ class RftSection(Config):
 
 
 class TrainConfig(Config):
-    """`train:`."""
+    """`train:`. A task's `overrides` lay over it in the stages that train the task."""
 
-    paradigm: Literal["sft", "rft"] = "sft"
+    paradigm: Paradigm = "sft"
     lineage: Lineage = "stack"
     reference: Reference = "previous"
     modules: ModulesConfig = Field(default_factory=ModulesConfig)
@@ -68,14 +78,223 @@ class TrainConfig(Config):
     rft: RftSection = Field(default_factory=RftSection)
 
 
+def _kind_of_entry(entry: Any) -> str:
+    if isinstance(entry, str):
+        return "<name>"
+    return "<mix>" if isinstance(entry, list) else "<task>"
+
+
+_Single = Annotated[Annotated[TaskConfig, Tag("<task>")] | Annotated[str, Tag("<name>")], Discriminator(_kind_of_entry)]
+_Entry = Annotated[
+    Annotated[TaskConfig, Tag("<task>")]
+    | Annotated[str, Tag("<name>")]
+    | Annotated[list[_Single], Field(min_length=1), Tag("<mix>")],
+    Discriminator(_kind_of_entry),
+]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One tuning step, resolved: `train` is the recipe's section with the overrides of the stage's tasks."""
+
+    k: int
+    name: str  # the task's name; of a mixed stage, the names joined by "+"
+    tasks: list[str]
+    train: TrainConfig
+
+    @property
+    def folder(self) -> str:
+        """The stage's folder below `RUN/stages/`."""
+        return f"{self.k:02d}-{self.name}"
+
+
 class Recipe(Config):
-    """A whole recipe. `stream` lists stages: a task, the name of an earlier task (it re-occurs), or a list of them (a mix)."""
+    """A whole recipe.
+
+    `stream` lists the stages. An entry is a task (a mapping), the name of a task defined earlier (it re-occurs), or a
+    list of those (they are mixed in one stage): `[{name: digits, …}, {name: counting, …}, [digits, counting]]`.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = 0
     base_model: ModelConfig
-    stream: list[TaskConfig]
+    stream: list[_Entry] = Field(min_length=1)
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for
+
+    @property
+    def entries(self) -> list[list[TaskConfig | str]]:
+        """The stream with every entry as a list: what each stage 1…K trains."""
+        return [entry if isinstance(entry, list) else [entry] for entry in self.stream]
+
+    @property
+    def tasks(self) -> list[TaskConfig]:
+        """The distinct tasks in the order of their first stage: the columns of the matrix."""
+        return [task for entry in self.entries for task in entry if isinstance(task, TaskConfig)]
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The tuning steps 1…K. Raises `InputError` where a task's `overrides` are not valid."""
+        return [self._stage(k, entry) for k, entry in enumerate(self.entries, 1)]
+
+    @property
+    def learned(self) -> dict[str, int]:
+        """The stage that first trained each task."""
+        return {
+            task.name: k for k, entry in enumerate(self.entries, 1) for task in entry if isinstance(task, TaskConfig)
+        }
+
+    @property
+    def asd(self) -> AsdConfig | None:
+        """Answer-style diversification of the training data, if the method asks for it."""
+        return AsdConfig.model_validate(self.method["asd"]) if "asd" in self.method else None
+
+    def task(self, name: str) -> TaskConfig:
+        """The task called `name`."""
+        return next(task for task in self.tasks if task.name == name)
+
+    def _stage(self, k: int, entry: list[TaskConfig | str]) -> Stage:
+        names = [task if isinstance(task, str) else task.name for task in entry]
+        train = Layers(self.train.model_dump())
+        for name in names:
+            section = f"stream.{name}.overrides"
+            for keys, value in _leaves(self.task(name).overrides):
+                if keys in train.origins and train.value(keys) != value:
+                    problem = f"differs from {train.origins[keys]}, and stage {k} trains both tasks"
+                    raise InputError(problem, where=section, field=".".join(keys))
+                train.set(keys, value, section)
+        try:
+            return Stage(k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True))
+        except ValidationError as error:
+            raise _input_error(error, TrainConfig, train) from None
+
+
+def load_recipe(
+    name: str | Path,
+    overrides: Iterable[str] = (),
+    with_methods: Iterable[str] = (),
+    *,
+    check_methods: bool = True,
+) -> Recipe:
+    """Load, merge and validate a recipe (a path, a packaged name such as `mini/sefe`, or a run directory).
+
+    Modules beside the recipe and in the current folder become importable. `check_methods=False` leaves the methods as
+    they are written, which spares their import: for recipes that were checked before.
+    Raises `InputError` with the file and the dotted key of the first thing that is wrong.
+    """
+    layers = read_layers(name, overrides, with_methods)
+    try:
+        recipe = Recipe.model_validate(layers.values, strict=True)
+    except ValidationError as error:
+        raise _input_error(error, Recipe, layers) from None
+    sys.path += [folder for folder in (recipe.folder, os.getcwd()) if folder not in sys.path]
+    _check_names(recipe, layers)
+    with _located(layers.origin(("stream",))):
+        stages = recipe.stages  # a task's overrides are checked here, not when its stage's turn comes
+    if recipe.method and check_methods:
+        from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
+
+        with _located(layers.origin(("method",))):
+            recipe.method = expand(recipe.method)
+            for stage in stages:
+                build_methods(recipe.method, stage.train)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe as plain data, every default spelt out; loading it again gives the same recipe."""
+    return recipe.model_dump(mode="json")
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe, atomically."""
+    with atomic_open(path) as file:
+        file.write(to_yaml(dump_recipe(recipe)))
+
+
+@contextlib.contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Put the file's name before an `InputError` of someone who knows only the merged recipe."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error).removeprefix("recipe: "), where=where) from None
+
+
+def _check_names(recipe: Recipe, layers: Layers) -> None:
+    """Every task is defined once, before its name is used, and trained at most once in a stage."""
+    where, defined = layers.origin(("stream",)), set[str]()
+    for index, entry in enumerate(recipe.entries):
+        names = [task if isinstance(task, str) else task.name for task in entry]
+        for task, name in zip(entry, names, strict=True):
+            if isinstance(task, str) and name not in defined:
+                raise InputError(
+                    f"no earlier task is called {name}",
+                    where=where,
+                    field=f"stream.{index}",
+                    remedy=nearest(name, defined),
+                )
+            if isinstance(task, TaskConfig) and name in defined:
+                raise InputError(
+                    f"the task {name} is defined twice",
+                    where=where,
+                    field=f"stream.{index}",
+                    remedy="Write only its name where it re-occurs",
+                )
+            if names.count(name) > 1:
+                raise InputError(f"{name} stands twice in one stage", where=where, field=f"stream.{index}")
+            defined.add(name)
+
+
+def _input_error(error: ValidationError, model: type[Config], layers: Layers) -> InputError:
+    """The first error as one line: the file that wrote the key, the key, what is wrong, the nearest known key."""
+    problems = error.errors(include_url=False)
+    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")  # a typo explains what is missing
+    keys = [key for key in first["loc"] if not str(key).startswith("<")]
+    known = _known_keys(model, first["loc"])
+    where, dotted = layers.origin(keys), _dotted(keys, layers.values)
+    if first["type"] == "extra_forbidden":
+        return InputError("unknown key", where=where, field=dotted, remedy=nearest(str(keys[-1]), known))
+    if first["type"] == "missing":
+        return InputError("is missing", where=where, field=dotted)
+    shown = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
+    return InputError(f"{first['msg']}{shown}", where=where, field=dotted)
+
+
+def _known_keys(model: type[Config], loc: tuple[Any, ...]) -> list[str]:
+    """The keys that would be right beside the last one of `loc`."""
+    for key in loc[:-1]:
+        if isinstance(key, str) and key in model.model_fields:
+            model = next(_sections(model.model_fields[key].annotation), model)
+    return list(model.model_fields)
+
+
+def _sections(annotation: Any) -> Iterator[type[Config]]:
+    """The recipe sections inside a type, e.g. TaskConfig in list[TaskConfig | str]."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _sections(inner)
+
+
+def _dotted(keys: list[Any], values: Any) -> str:
+    """`("stream", 0, "train")` → `stream.digits.train`, with a task's name for its place where it has one."""
+    parts = []
+    for key in keys:
+        with contextlib.suppress(LookupError, TypeError):
+            values = values[key]
+        named = isinstance(key, int) and isinstance(values, dict) and isinstance(values.get("name"), str)
+        parts.append(values["name"] if named else str(key))
+    return ".".join(parts)
+
+
+def _leaves(mapping: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The dotted keys of a nested mapping with their values."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*at, key))
+        else:
+            yield (*at, key), value

@@ -1,0 +1,106 @@
+"""The methods against forgetting, by the names that recipes use. An empty `method:` is sequential tuning."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from mcit.data_prep.errors import InputError
+
+from .asd import Asd
+from .base import Method, StepView
+from .reglora import RegLora
+
+if TYPE_CHECKING:
+    from ..recipe import TrainConfig
+
+__all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
+
+METHODS: dict[str, type[Method]] = {"asd": Asd, "reglora": RegLora}
+
+# Names that stand for several methods with the settings of one paper.
+EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "sefe": {
+        "asd": {"fraction": 0.2, "converter": "rules"},  # 20 %: SEFE (page); it converts by LLM, rules are ours
+        "reglora": {"key_fraction": 0.02, "weight": 2500},  # SEFE (code)
+    },
+}
+
+
+def get_method(name: str) -> type[Method]:
+    """The class of a method, by its name or as `module:Class`. Raises `InputError`."""
+    if name in METHODS:
+        return METHODS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = sorted([*METHODS, *EXPANSIONS])
+        close = difflib.get_close_matches(name, known, n=1)
+        remedy = f"Did you mean `{close[0]}`?" if close else f"Known: {', '.join(known)}, or module:Class"
+        raise InputError("no such method", where="recipe", field=f"method.{name}", remedy=remedy)
+    try:
+        method = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot be imported: {error}", where="recipe", field=f"method.{name}") from None
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise InputError("is not a subclass of mcit.pipeline.methods.Method", where="recipe", field=f"method.{name}")
+    return method
+
+
+def expand(section: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """A recipe's `method:` with `sefe` and the like replaced by their parts and every default filled in.
+
+    Below an expansion, settings are given by part (`sefe: {reglora: {weight: 100}}`); a part that the recipe also names
+    itself takes those settings on top. Expanding twice changes nothing. Raises `InputError`.
+    """
+    parts: dict[str, dict[str, Any]] = {}
+    for name, settings in section.items():
+        if name not in EXPANSIONS:
+            continue
+        for part in settings or {}:
+            if part not in EXPANSIONS[name]:
+                remedy = f"It takes {', '.join(EXPANSIONS[name])}, each with its own settings"
+                raise InputError(f"has no part `{part}`", where="recipe", field=f"method.{name}", remedy=remedy)
+        for part, defaults in EXPANSIONS[name].items():
+            parts.setdefault(part, {}).update(defaults | ((settings or {}).get(part) or {}))
+    for name, settings in section.items():
+        if name not in EXPANSIONS:
+            parts.setdefault(name, {}).update(settings or {})
+    return {name: _validate(name, settings).model_dump() for name, settings in parts.items()}
+
+
+def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "TrainConfig") -> list[Method]:
+    """The methods of a stage, checked against its lineage and paradigm and against each other. Raises `InputError`."""
+    methods = [get_method(name)(_validate(name, settings)) for name, settings in expand(section).items()]
+    for method in methods:
+        _require(method, "lineage", train.lineage, method.lineages)
+        _require(method, "paradigm", train.paradigm, method.paradigms)
+        for other in methods:
+            if other.name in method.conflicts:
+                raise InputError(
+                    f"does not work together with {other.name}", where="recipe", field=f"method.{method.name}"
+                )
+    return methods
+
+
+def _validate(name: str, settings: Mapping[str, Any]) -> Any:
+    method = get_method(name)
+    try:
+        return method.Config.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(["method", name, *map(str, first["loc"])])
+        known = ", ".join(method.Config.model_fields)
+        remedy = f"Known keys: {known}" if first["type"] == "extra_forbidden" else ""
+        raise InputError(first["msg"], where="recipe", field=place, remedy=remedy) from None
+
+
+def _require(method: Method, what: str, value: str, allowed: Any) -> None:
+    if value not in allowed:
+        raise InputError(
+            f"works with {what} {' or '.join(allowed)}, not {value}",
+            where="recipe",
+            field=f"method.{method.name}",
+            remedy=f"Change train.{what} or drop the method",
+        )

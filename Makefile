@@ -1,0 +1,49 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Each builds its own environment first.
+PYTHON ?= python3
+BIN := .venv/bin
+# vLLM comes in a GPU and a CPU build; the machine decides which. Override with `make install VARIANT=cpu`.
+VARIANT ?= $(shell nvidia-smi > /dev/null 2>&1 && echo gpu || echo cpu)
+WORKERS ?= 2
+
+.PHONY: help install demo test test-all lint format clean
+
+help:
+	@echo "make install | demo | test | test-all | lint | format | clean"
+
+install: .venv/installed-$(VARIANT)
+
+.venv/installed-$(VARIANT): pyproject.toml constraints.txt overrides-$(VARIANT).txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcit needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --override overrides-$(VARIANT).txt -e ".[$(VARIANT),deepspeed,dev]"
+	touch $@
+
+# The main job on the embedded model: two methods over the mini stream, then both side by side.
+demo: install
+	$(BIN)/mcit run mini/sequential --run-dir runs/demo/sequential
+	$(BIN)/mcit run mini/sefe --run-dir runs/demo/sefe
+	$(BIN)/mcit report runs/demo/sequential runs/demo/sefe --out runs/demo/report
+
+# One representative of each axis.
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+# Every combination.
+test-all: install
+	$(BIN)/python -m pytest
+
+# mypy cannot see through the editable install's package mapping, so it is shown the folders under their import names.
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	mkdir -p .build/mcit
+	for folder in pipeline data_prep eval; do ln -sfn ../../$$folder .build/mcit/$$folder; done
+	cd .build && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p mcit.data_prep -p mcit.eval -p mcit.pipeline
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv .build runs

@@ -1,0 +1,147 @@
+"""Does every prepared sample fit a model: image placeholders and exact tokens, counted without building pixels."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from .build import PARTS
+from .chat import open_image, render_chat, tokenizer_options
+from .errors import InputError
+from .images import ImageFacts
+from .prepare import drop_samples, image_path, read_images, read_samples, read_task
+from .readers import Part
+from .schema import PreparedTask, Sample
+
+_BATCH = 256  # texts tokenized at once
+
+
+class Lengths(NamedTuple):
+    """Tokens of a part's samples, prompt and completion with images expanded."""
+
+    samples: int
+    max: int
+    mean: float
+    longest: str  # the id of a sample with `max` tokens
+
+
+class Fit(NamedTuple):
+    """Lengths by part, and why which samples (by part and id) do not fit."""
+
+    lengths: dict[Part, Lengths]
+    bad: dict[Part, dict[str, str]]
+
+
+def check_samples(
+    path: Path, processor: Any, max_length: int | None, *, on_bad: Literal["error", "drop"] = "error"
+) -> Fit:
+    """Count every sample's tokens as the model will get them.
+
+    `processor` is a transformers processor with a chat template; `max_length` is in tokens (`None`: no limit). Raises
+    `InputError` for the first sample that does not fit, unless `on_bad` is `drop`: then `Fit.bad` lists them.
+    """
+    task = read_task(path)
+    count = _Counter(processor, Path(path), task, read_images(path))
+    lengths: dict[Part, Lengths] = {}
+    bad: dict[Part, dict[str, str]] = {}
+    for part in PARTS:
+        samples = read_samples(path, part)
+        if not samples:
+            continue
+        tokens: dict[str, int] = {}
+        bad[part] = {}
+        for start in range(0, len(samples), _BATCH):
+            for sample, result in count(samples[start : start + _BATCH]):
+                if isinstance(result, InputError):
+                    problem, remedy = str(result), "Or set prepare.on_bad: drop"
+                elif max_length is not None and result > max_length:
+                    problem = f"has {result} tokens, images included, but only {max_length} fit"
+                    remedy = (
+                        "Raise train.max_length, lower base_model.processor.max_pixels, or set prepare.on_bad: drop"
+                    )
+                else:
+                    tokens[sample["id"]] = result
+                    continue
+                if on_bad == "error":
+                    raise InputError(problem, where=task["name"], field=f"{part} sample {sample['id']}", remedy=remedy)
+                bad[part][sample["id"]] = problem
+        if tokens:
+            longest = max(tokens, key=lambda identity: tokens[identity])
+            mean = sum(tokens.values()) / len(tokens)
+            lengths[part] = Lengths(len(tokens), tokens[longest], mean, longest)
+    return Fit(lengths, bad)
+
+
+def fit_task(
+    path: Path, processor: Any, max_length: int | None, *, on_bad: Literal["error", "drop"], cache: Path
+) -> tuple[Path, Fit]:
+    """`check_samples`; under `drop` the folder returned is one without the samples that do not fit."""
+    fit = check_samples(path, processor, max_length, on_bad=on_bad)
+    drop = {part: set(reasons) for part, reasons in fit.bad.items() if reasons}
+    if drop:
+        first = next(reason for reasons in fit.bad.values() for reason in reasons.values())
+        path = drop_samples(path, drop, f"the model cannot take them; the first {first}", cache)
+    return path, fit
+
+
+class _Counter:
+    """Counts tokens by the processor's own rule for an image's size, or by running it where that rule is not exact."""
+
+    def __init__(self, processor: Any, path: Path, task: PreparedTask, images: dict[str, ImageFacts]):
+        self.processor, self.path, self.task, self.images = processor, path, task, images
+        tokens = (getattr(processor, name, None) for name in ("image_token", "video_token"))
+        self.placeholders = [token for token in tokens if token]
+        rule: Callable[..., Any] | None = getattr(processor, "_get_num_multimodal_tokens", None)
+        self.rule = rule
+        self.proved: set[int] = set()  # numbers of images a sample for which the rule was seen to be exact
+
+    def __call__(self, samples: Sequence[Sample]) -> list[tuple[Sample, int | InputError]]:
+        """Tokens of each sample, or what is wrong with it."""
+        results: list[tuple[Sample, int | InputError]] = []
+        texts: list[tuple[Sample, str]] = []
+        for sample in samples:
+            try:
+                texts.append((sample, self._text(sample)))
+            except InputError as error:
+                results.append((sample, error))
+        if texts:
+            options = tokenizer_options(self.processor, texts[0][1])
+            encoded = self.processor.tokenizer([text for _, text in texts], **options)["input_ids"]
+            for (sample, text), ids in zip(texts, encoded, strict=True):
+                try:
+                    results.append((sample, self._total(sample, text, len(ids))))
+                except InputError as error:
+                    results.append((sample, error))
+        return results
+
+    def _text(self, sample: Sample) -> str:
+        messages = [*sample["prompt"], *sample["completion"]]
+        for message in messages:
+            for token in self.placeholders:
+                if token in message["content"]:
+                    raise InputError(f"the text of a {message['role']} turn holds the model's placeholder {token}")
+        return render_chat(self.processor, messages, len(sample["images"]), add_generation_prompt=False)
+
+    def _total(self, sample: Sample, text: str, text_tokens: int) -> int:
+        """Tokens of text and images: each placeholder in the text stands for the tokens of one image."""
+        names = sample["images"]
+        if not names:
+            return text_tokens
+        if self.rule is None:
+            return self._run(sample, text)
+        sizes = [(self.images[name].height, self.images[name].width) for name in names]
+        try:
+            by_rule = text_tokens - len(names) + sum(self.rule(image_sizes=sizes)["num_image_tokens"])
+        except ValueError as error:  # for example Qwen's limit on the ratio of an image's sides
+            raise InputError(f"the processor refuses an image of {sizes} (height, width): {error}") from None
+        if len(names) not in self.proved:
+            if self._run(sample, text) != by_rule:
+                self.rule = None  # a template or processor that adds tokens of its own around images
+                return self._run(sample, text)
+            self.proved.add(len(names))
+        return by_rule
+
+    def _run(self, sample: Sample, text: str) -> int:
+        """Tokens as the whole processor makes them, pixels included."""
+        images = [open_image(image_path(self.path, self.task, name)) for name in sample["images"]]
+        options = tokenizer_options(self.processor, text)
+        return len(self.processor(text=[text], images=images, **options)["input_ids"][0])

@@ -1,0 +1,134 @@
+"""Images: which paths are allowed, what a file's identity and size are, that it decodes, and how it becomes RGB."""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePath
+from typing import NamedTuple
+
+from PIL import Image, UnidentifiedImageError
+
+from .errors import InputError
+
+_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError)
+
+
+class ImageFacts(NamedTuple):
+    """Identity and size of an image: SHA-256 (hex) of the file's bytes, width and height in pixels."""
+
+    sha256: str
+    width: int
+    height: int
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """Open an image as RGB, the way the model sees it everywhere. Raises `InputError` if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except FileNotFoundError:
+        raise InputError("no such image", where=path) from None
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB; transparent parts become white, since ink on nothing would vanish on black."""
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def inside(name: str, root: Path, where: str) -> str:
+    """The path of an image relative to `root` (POSIX). Raises `InputError` for URLs and for paths that leave `root`.
+
+    The test is on the path as written: a link that the user put into the folder is theirs.
+    """
+    if name.startswith(("http://", "https://", "data:", "s3://", "gs://")):
+        raise InputError(
+            f"the image is a URL ({name[:60]})", where=where, field="image", remedy="Download it and give its path"
+        )
+    base = os.path.abspath(root)
+    path = os.path.normpath(os.path.join(base, name))
+    if not path.startswith(base.rstrip(os.sep) + os.sep) or "\0" in name:
+        raise InputError(
+            f"the image path {name!r} leaves the image folder {base}",
+            where=where,
+            field="image",
+            remedy="Set `images:` of the task to the folder that holds all of its images",
+        )
+    return PurePath(os.path.relpath(path, base)).as_posix()
+
+
+def inspect_image(path: Path) -> ImageFacts:
+    """Read and fully decode one image file. Raises `InputError` if that fails (missing, truncated, no image)."""
+    data = _read(path)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return ImageFacts(hashlib.sha256(data).hexdigest(), *image.size)
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def inspect_images(paths: Iterable[Path], *, decode: bool = True) -> dict[Path, ImageFacts | InputError]:
+    """`inspect_image` for many files on all cores (decoding and hashing leave Python's lock); errors are values.
+
+    Without `decode` only the bytes are hashed, and width and height are 0.
+    """
+
+    def inspect(path: Path) -> ImageFacts | InputError:
+        try:
+            return inspect_image(path) if decode else ImageFacts(hashlib.sha256(_read(path)).hexdigest(), 0, 0)
+        except InputError as error:
+            return error
+
+    unique = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(unique, pool.map(inspect, unique), strict=True))
+
+
+def store_image(image: Image.Image | bytes, folder: Path, where: str) -> str:
+    """Write an image that has no file into `folder`, under a name made from its content, and return the name.
+
+    A PIL image becomes an RGB PNG named by its pixels (a PNG's bytes differ between zlib versions); encoded bytes are
+    kept as they are.
+    """
+    if isinstance(image, bytes):
+        try:
+            with Image.open(io.BytesIO(image)) as opened:
+                extension = (opened.format or "img").lower().replace("jpeg", "jpg")
+        except _UNREADABLE as error:
+            raise _unreadable(where, error) from None
+        name, data = f"{hashlib.sha256(image).hexdigest()[:32]}.{extension}", image
+    else:
+        rgb, buffer = to_rgb(image), io.BytesIO()
+        name = f"{hashlib.sha256(repr(rgb.size).encode() + rgb.tobytes()).hexdigest()[:32]}.png"
+        rgb.save(buffer, format="PNG")
+        data = buffer.getvalue()
+    if not (folder / name).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return name
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise InputError("no such image", where=path) from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(where: object, error: Exception) -> InputError:
+    # PIL's own words name memory addresses ("<_io.BytesIO object at 0x…>"), which say nothing to a user.
+    reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    return InputError(
+        f"the image cannot be decoded: {reason}",
+        where=where,
+        remedy="Replace the file, or set prepare.on_bad: drop",
+    )

@@ -1,0 +1,224 @@
+"""What the tiny model is taught before any stream begins: facts about pictures and numbers, in every answer style.
+
+The facts name colours, shapes, places, letters and boxes; they never count, relate two shapes, read a digit off a
+picture, compare bars or add, which is what the stream will ask. So a stream's tasks are new to the base, while the
+styles they are answered in are not.
+"""
+
+import string
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from mcit.data_prep.schema import Sample, Style
+from mcit.data_prep.styles import build_prompt, state_answer, state_proposition
+
+from . import world
+
+YES_NO = ("Yes", "No")
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One question with its answer. `others` are wrong answers of the same kind (none: only the native style is asked),
+    `think` is a rationale, `natural` the question as yes/no with a place for a candidate answer."""
+
+    name: str
+    question: str
+    answer: str
+    style: Style
+    others: tuple[str, ...] = ()
+    think: str = ""
+    natural: str = ""
+
+
+def _closed(name: str, question: str, answer: str, kinds: tuple[str, ...], think: str, natural: str = "") -> Fact:
+    return Fact(name, question, answer, "short", tuple(k for k in kinds if k != answer), think, natural)
+
+
+def scene_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
+    """A picture of shapes and everything that is taught about one of them."""
+    scene = world.make_scene(rng)
+    item = scene[int(rng.integers(len(scene)))]
+    colours = tuple(world.COLOURS)
+    here = f"At the {item.corner} there is a {item.colour} {item.shape}."
+    there = f"The {item.colour} {item.shape} is at the {item.corner}."
+    size = f"The {item.colour} {item.shape} is {item.size}."
+    facts = [
+        _closed(
+            "colour_at",
+            f"What colour is the shape at the {item.corner}?",
+            item.colour,
+            colours,
+            here,
+            f"Is the shape at the {item.corner} {{}}?",
+        ),
+        _closed(
+            "shape_at",
+            f"Which shape is at the {item.corner}?",
+            item.shape,
+            world.SHAPES,
+            here,
+            f"Is the shape at the {item.corner} a {{}}?",
+        ),
+        _closed(
+            "corner_of",
+            f"Where is the {item.colour} shape?",
+            item.corner,
+            world.CORNERS,
+            there,
+            f"Is the {item.colour} shape at the {{}}?",
+        ),
+        _closed(
+            "shape_of",
+            f"Which shape is {item.colour}?",
+            item.shape,
+            world.SHAPES,
+            there,
+            f"Is the {item.colour} shape a {{}}?",
+        ),
+        _closed(
+            "size_of",
+            f"What size is the {item.colour} shape?",
+            item.size,
+            ("small", "large"),
+            size,
+            f"Is the {item.colour} shape {{}}?",
+        ),
+        Fact(
+            "box_of_shape", f"Give the box of the {item.colour} shape.", world.format_box(item.box), "bbox", (), there
+        ),
+    ]
+    return world.draw_scene(rng, scene), facts
+
+
+def chart_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
+    """A bar chart and everything that is taught about one of its bars."""
+    chart = world.make_chart(rng)
+    bar = chart[int(rng.integers(len(chart)))]
+    think = f"The {bar.place} bar is {bar.colour}."
+    facts = [
+        _closed(
+            "bar_colour",
+            f"What colour is the {bar.place} bar?",
+            bar.colour,
+            tuple(world.COLOURS),
+            think,
+            f"Is the {bar.place} bar {{}}?",
+        ),
+        _closed(
+            "bar_place",
+            f"Which bar is {bar.colour}?",
+            bar.place,
+            world.ORDINALS,
+            think,
+            f"Is the {bar.colour} bar the {{}} one?",
+        ),
+        Fact("box_of_bar", f"Give the box of the {bar.colour} bar.", world.format_box(bar.box), "bbox", (), think),
+    ]
+    return world.draw_chart(rng, chart), facts
+
+
+def letter_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
+    """A rendered letter."""
+    letter = str(rng.choice(list(world.LETTERS)))
+    think = f"The picture shows the letter {letter}."
+    fact = _closed("letter", "Which letter is shown?", letter, tuple(world.LETTERS), think, "Is this the letter {}?")
+    return world.draw_letter(rng, letter), [fact]
+
+
+def number_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
+    """Text only: which number follows, which is larger."""
+    n = int(rng.integers(0, 120))
+    near = tuple(str(m) for m in (n - 1, n, n + 2, n + 3, n + 11) if m >= 0)
+    follows = Fact(
+        "next_number",
+        f"Which number comes after {n}?",
+        str(n + 1),
+        "number",
+        near,
+        f"After {n} comes {n + 1}.",
+        f"Does {{}} come after {n}?",
+    )
+    a, b = (int(m) for m in rng.choice(120, 2, replace=False))
+    larger = Fact(
+        "larger_number",
+        f"Which number is larger, {a} or {b}?",
+        str(max(a, b)),
+        "number",
+        (str(min(a, b)),),
+        f"{max(a, b)} is more than {min(a, b)}.",
+        f"Is {{}} the larger of {a} and {b}?",
+    )
+    return None, [follows, larger]
+
+
+def echo_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
+    """Text only: repeat characters, write JSON, put a number in a box. So every character has been an output."""
+    alphabet = list(string.ascii_letters + string.digits + string.punctuation)
+    text = "".join(rng.choice(alphabet, int(rng.integers(1, 6))))
+    n, m = (int(i) for i in rng.integers(0, 100, 2))
+    return None, [
+        Fact("repeat", f"Repeat: {text}", text, "short"),
+        Fact("json", f"Write {n} and {m} as JSON.", f'{{"a": {n}, "b": {m}}}', "short"),
+        Fact("boxed", f"Put {n} in a box.", f"\\boxed{{{n}}}", "latex"),
+    ]
+
+
+# How many dialogues of each kind a batch of 48 holds; letters need the most practice.
+SOURCES: dict[Callable[[np.random.Generator], tuple[Image.Image | None, list[Fact]]], int] = {
+    scene_facts: 19,
+    chart_facts: 9,
+    letter_facts: 11,
+    number_facts: 6,
+    echo_facts: 3,
+}
+
+
+def styles_of(fact: Fact) -> list[tuple[Style, str]]:
+    """The (style, reasoning) pairs in which a fact is asked."""
+    styles: list[tuple[Style, str]] = [(fact.style, "none")]
+    if fact.think:
+        styles.append((fact.style, "think"))
+    if fact.others:
+        styles += [("mcq", "none"), ("mcq", "think"), ("yes_no", "none"), ("yes_no", "think"), ("brief", "none")]
+    return styles
+
+
+def ask(rng: np.random.Generator, fact: Fact, style: Style, reasoning: str) -> tuple[str, str, list[str] | None]:
+    """Put a fact into a style. Returns the prompt's text, the model answer, and the options of a multiple choice."""
+    question, answer, options = fact.question, fact.answer, None
+    if style == "mcq":
+        count = min(len(fact.others), int(rng.integers(1, 4)))
+        options = [str(o) for o in rng.permutation([fact.answer, *rng.permutation(fact.others)[:count]])]
+        answer = string.ascii_uppercase[options.index(fact.answer)]
+    elif style == "yes_no":
+        truth = bool(rng.random() < 0.5)
+        candidate = fact.answer if truth else str(rng.choice(fact.others))
+        natural = fact.natural and rng.random() < 0.5
+        question = fact.natural.format(candidate) if natural else state_proposition(fact.question, candidate)
+        answer = YES_NO[0] if truth else YES_NO[1]
+    elif style == "brief":
+        answer = state_answer(fact.answer)
+    if reasoning == "think":
+        answer = f"<think>{fact.think}</think><answer>{answer}</answer>"
+    return build_prompt(question, style, options=options, reasoning=reasoning), answer, options
+
+
+def fact_sample(rng: np.random.Generator, fact: Fact, style: Style, reasoning: str, number: int) -> Sample:
+    """A fact in a style as a sample of the general task (without its picture)."""
+    prompt, completion, options = ask(rng, fact, style, reasoning)
+    reference = completion.split("<answer>")[-1].removesuffix("</answer>")
+    return Sample(
+        id=f"{fact.name}-{style}-{reasoning}-{number}",
+        task="general",
+        images=[],
+        prompt=[{"role": "user", "content": prompt}],
+        completion=[{"role": "assistant", "content": completion}],
+        references=[reference],
+        style=style,
+        reasoning=reasoning,  # type: ignore[typeddict-item]
+        meta={"fact": fact.name, **({"options": options} if options else {})},
+    )

@@ -1,0 +1,156 @@
+"""Gold rationales of the mini stream, and an exact checker for any rationale: every sentence against the program.
+
+A rationale is a row of sentences in fixed forms. Each sentence that can be read is one step of a kind, after the
+rubrics of MLLM-CTBench: `grounding` (what the picture shows), `knowledge` (what is true anyway, here sums), `logic`
+(whether the conclusion follows from the steps before it, right or wrong). A sentence in no known form is unreadable.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from . import world
+
+TASKS = ("digits", "counting", "spatial", "grounding", "arithmetic")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+RELATIONS = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
+Program = dict[str, Any]
+Kind = Literal["grounding", "knowledge", "logic", "unreadable"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One sentence of a rationale: what kind of claim it makes, and whether it holds."""
+
+    text: str
+    kind: Kind
+    ok: bool
+
+
+def place(corner: str, relation: str) -> str:
+    """The part of a corner that a relation is about: its row (`top`, `bottom`) or its column (`left`, `right`)."""
+    row, column = corner.split()
+    return column if relation in ("left of", "right of") else row
+
+
+def holds(first: str, relation: str, second: str) -> bool:
+    """Whether a thing in corner `first` stands in `relation` to one in corner `second`."""
+    return place(first, relation) == RELATIONS[relation] != place(second, relation)
+
+
+def explain(task: str, program: Program) -> str:
+    """The gold rationale of a program of `task`."""
+    if task == "digits":
+        return f"The strokes form a {NUMBER_WORDS[int(program['answer'])]}."
+    if task == "counting":
+        seen = [shape["corner"] for shape in program["scene"] if shape["colour"] == program["colour"]]
+        listed = " ".join(f"There is one at the {corner}." for corner in seen)
+        return f"{listed} That makes {len(seen)}."
+    if task == "spatial":
+        corners = {f"{s['colour']} {s['shape']}": s["corner"] for s in program["scene"]}
+        first, second = program["pair"]
+        verb = "is" if program["answer"] == "Yes" else "is not"
+        return (
+            f"The {first} is at the {corners[first]}. The {second} is at the {corners[second]}. "
+            f"So the first {verb} {program['relation']} the second."
+        )
+    if task == "grounding":
+        heights = " ".join(f"The {bar['place']} bar has height {bar['height']}." for bar in program["chart"])
+        tallest = max(program["chart"], key=lambda bar: bar["height"])
+        return f"{heights} The tallest is the {tallest['place']}."
+    (a, b), total = program["terms"], sum(program["terms"])
+    ones, carry = a % 10 + b % 10, (a % 10 + b % 10) // 10
+    return f"{a % 10} + {b % 10} = {ones}. {a // 10} + {b // 10} + {carry} = {total // 10}. So {total}."
+
+
+def check(task: str, program: Program, rationale: str) -> list[Step]:
+    """Check each sentence of `rationale` against the program. An empty rationale has no steps.
+
+    A conclusion is checked against what the rationale itself said before, not against the truth: a wrong observation
+    with a right inference is wrong in `grounding` and right in `logic`.
+    """
+    sentences = [s.strip() for s in re.findall(r"[^.]+\.?", rationale) if s.strip(" .")]
+    checker = {
+        "digits": _check_digits,
+        "counting": _check_counting,
+        "spatial": _check_spatial,
+        "grounding": _check_grounding,
+        "arithmetic": _check_arithmetic,
+    }[task]
+    return checker(program, sentences)
+
+
+def _read(pattern: str, sentence: str) -> tuple[str, ...] | None:
+    found = re.fullmatch(pattern + r"\.?", sentence)
+    return found.groups() if found else None
+
+
+def _check_digits(program: Program, sentences: list[str]) -> list[Step]:
+    steps = []
+    for sentence in sentences:
+        found = _read(r"The strokes form a (\w+)", sentence)
+        right = found is not None and found[0] == NUMBER_WORDS[int(program["answer"])]
+        steps.append(Step(sentence, "grounding" if found else "unreadable", right))
+    return steps
+
+
+def _check_counting(program: Program, sentences: list[str]) -> list[Step]:
+    there = {shape["corner"] for shape in program["scene"] if shape["colour"] == program["colour"]}
+    named: list[str] = []
+    steps = []
+    for sentence in sentences:
+        if found := _read(r"There is one at the (\w+ \w+)", sentence):
+            steps.append(Step(sentence, "grounding", found[0] in there and found[0] not in named))
+            named.append(found[0])
+        elif found := _read(r"That makes (\d+)", sentence):
+            steps.append(Step(sentence, "logic", int(found[0]) == len(named)))
+        else:
+            steps.append(Step(sentence, "unreadable", False))
+    return steps
+
+
+def _check_spatial(program: Program, sentences: list[str]) -> list[Step]:
+    corners = {f"{s['colour']} {s['shape']}": s["corner"] for s in program["scene"]}
+    said: list[str] = []
+    steps = []
+    for sentence in sentences:
+        if found := _read(r"The (\w+ \w+) is at the (\w+ \w+)", sentence):
+            steps.append(Step(sentence, "grounding", corners.get(found[0]) == found[1]))
+            said.append(found[1])
+        elif found := _read(r"So the first (is|is not) (left of|right of|above|below) the second", sentence):
+            known = len(said) == 2 and all(corner in world.CORNERS for corner in said)
+            follows = known and holds(said[0], found[1], said[1]) == (found[0] == "is")
+            steps.append(Step(sentence, "logic", follows and found[1] == program["relation"]))
+        else:
+            steps.append(Step(sentence, "unreadable", False))
+    return steps
+
+
+def _check_grounding(program: Program, sentences: list[str]) -> list[Step]:
+    heights = {bar["place"]: bar["height"] for bar in program["chart"]}
+    said: dict[str, int] = {}
+    steps = []
+    for sentence in sentences:
+        if found := _read(r"The (\w+) bar has height (\d+)", sentence):
+            steps.append(Step(sentence, "grounding", heights.get(found[0]) == int(found[1])))
+            said[found[0]] = int(found[1])
+        elif found := _read(r"The tallest is the (\w+)", sentence):
+            steps.append(Step(sentence, "logic", found[0] in said and said[found[0]] == max(said.values())))
+        else:
+            steps.append(Step(sentence, "unreadable", False))
+    return steps
+
+
+def _check_arithmetic(program: Program, sentences: list[str]) -> list[Step]:
+    results: list[int] = []
+    steps = []
+    for sentence in sentences:
+        if found := _read(r"((?:\d+ \+ )+\d+) = (\d+)", sentence):
+            steps.append(Step(sentence, "knowledge", sum(map(int, found[0].split(" + "))) == int(found[1])))
+            results.append(int(found[1]))
+        elif found := _read(r"So (\d+)", sentence):
+            follows = len(results) == 2 and int(found[0]) == 10 * results[1] + results[0] % 10
+            steps.append(Step(sentence, "logic", follows))
+        else:
+            steps.append(Step(sentence, "unreadable", False))
+    return steps

@@ -1,0 +1,123 @@
+"""From a task of a recipe to a folder of plain samples, in a content-addressed cache.
+
+`cache/data/<hash>/` holds `{train,validation,test}.jsonl`, `images.json` (SHA-256, width and height of every image
+used), `task.json`, `asd_report.json` after ASD and, where images came without files, `images/`.
+`cache/sources/<key>.json` remembers which folder a source led to, with size and time of every image looked at, so that
+a second preparation reads nothing but the data file.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from .asd.rules import convert
+from .build import PARTS, Builder, write_task
+from .cache import code_identity, publish, remember, remembered, temporary_folder
+from .errors import InputError
+from .files import hash_json, read_json, write_json
+from .images import ImageFacts
+from .readers import Part, iter_jsonl, source_identity
+from .schema import AsdConfig, PrepareConfig, PreparedTask, Sample, TaskConfig
+
+
+def prepare_task(
+    task: TaskConfig, prepare: PrepareConfig, *, seed: int, asd: AsdConfig | None, base_dir: Path, cache: Path
+) -> Path:
+    """Prepare a task and return its folder in the cache; what was prepared before is not prepared again.
+
+    Paths of `task` are relative to `base_dir`. `seed` acts on ASD alone: the split, the `limit` subset and the test
+    part depend on the data only. Raises `InputError` for anything wrong with the data, before the folder exists.
+    """
+    base_dir, cache = base_dir.resolve(), cache.resolve()
+    sources = [source for source in (task.train, task.validation, task.test) if isinstance(source, str)]
+    key = hash_json(
+        {
+            "code": code_identity(),
+            "task": task.model_dump(exclude={"overrides"}),
+            "prepare": prepare.model_dump(),
+            "base_dir": str(base_dir),
+            "data": [source_identity(source, base_dir) for source in sources],
+        }
+    )
+    folder = remembered(cache, key)
+    if folder is None:
+        with temporary_folder(cache) as temporary:
+            builder = Builder(task, prepare, base_dir, temporary)
+            builder.build()
+            folder = publish(temporary, cache)
+        remember(cache, key, folder, builder.looked_at)
+    if asd is None or asd.fraction == 0:
+        return folder
+    return _diversify(folder, asd, seed, [task.format] if task.format else [], cache)
+
+
+def read_task(path: Path | str) -> PreparedTask:
+    """Read a prepared task's `task.json`. Raises `InputError`."""
+    return cast(PreparedTask, read_json(Path(path) / "task.json"))
+
+
+def read_samples(path: Path | str, part: Part) -> list[Sample]:
+    """Read one part of a prepared task; a part that the task does not have is empty. Raises `InputError`."""
+    file = Path(path) / f"{part}.jsonl"
+    return [sample for _, sample in iter_jsonl(file)] if file.exists() else []
+
+
+def read_images(path: Path | str) -> dict[str, ImageFacts]:
+    """Read identity and size of each image, by its path in the samples. Raises `InputError`."""
+    return {name: ImageFacts(*facts) for name, facts in read_json(Path(path) / "images.json").items()}
+
+
+def image_path(path: Path | str, task: PreparedTask, name: str) -> Path:
+    """Where the image `name` of a sample of a prepared task is."""
+    return Path(path) / task["image_root"] / name
+
+
+def drop_samples(path: Path, drop: dict[Part, set[str]], reason: str, cache: Path) -> Path:
+    """A prepared task without the samples whose ids `drop` lists by part, as a folder of its own in the cache.
+
+    Raises `InputError` if nothing is left to train or test on.
+    """
+    parts: dict[Part, list[Sample]] = {
+        part: [s for s in read_samples(path, part) if s["id"] not in drop.get(part, ())] for part in PARTS
+    }
+    for part in ("train", "test"):
+        if not parts[part]:
+            raise InputError(f"no sample of the {part} part is left: {reason}", where=read_task(path)["name"])
+    notes = [f"{part}: {len(ids)} samples dropped, {reason}" for part, ids in drop.items() if ids]
+    return _derive(path, parts, notes, {}, cache)
+
+
+def _diversify(native: Path, asd: AsdConfig, seed: int, known_formats: list[str], cache: Path) -> Path:
+    """ASD of the training part. It comes after `limit`, so that its share is one of what is really trained on."""
+    key = hash_json({"code": code_identity(), "native": native.name, "asd": asd.model_dump(), "seed": seed})
+    folder = remembered(cache, key)
+    if folder is None:
+        parts = {part: read_samples(native, part) for part in PARTS}
+        parts["train"], report = convert(parts["train"], asd.fraction, seed, known_formats=known_formats)
+        folder = _derive(native, parts, [f"ASD: {report['summary']}"], {"asd_report.json": report}, cache)
+        remember(cache, key, folder, [])
+    return folder
+
+
+def _derive(path: Path, parts: dict[Part, list[Sample]], notes: list[str], files: dict[str, Any], cache: Path) -> Path:
+    """A folder like `path` with other samples; its images are linked (copied across file systems), not shared."""
+    task, images = read_task(path), read_images(path)
+    used = {name for rows in parts.values() for sample in rows for name in sample["images"]}
+    with temporary_folder(cache) as temporary:
+        if task["image_root"] == ".":
+            for name in used:
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    os.link(path / name, temporary / name)
+                except OSError:
+                    shutil.copyfile(path / name, temporary / name)
+        for name, value in files.items():
+            write_json(temporary / name, value)
+        write_task(
+            temporary,
+            {part: rows for part, rows in parts.items() if rows or part != "validation"},
+            {name: facts for name, facts in images.items() if name in used},
+            {**task, "notes": [*task["notes"], *notes]},
+        )
+        return publish(temporary, cache)

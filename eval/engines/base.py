@@ -1,0 +1,205 @@
+"""What every engine takes and gives: requests to policies, greedy responses, log-probabilities of completions."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from mcit.data_prep.chat import render_chat
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import hash_json, read_json
+from mcit.data_prep.schema import Message
+from mcit.eval.serving import Serving, read_serving
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """A `Serving` and the folder it lies in."""
+
+    serving: Serving
+    folder: Path
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder of the LoRA; None for the base and for merged models."""
+        return self.folder / str(self.serving.path) if self.serving.kind == "adapter" else None
+
+    @property
+    def model(self) -> str:
+        """The weights an engine loads: the untouched base (folder or Hub id), or a merged model's folder."""
+        return str(self.folder / str(self.serving.path)) if self.serving.kind == "merged" else self.serving.base
+
+    @property
+    def revision(self) -> str | None:
+        """The Hub revision of `model`."""
+        return None if self.serving.kind == "merged" else self.serving.revision
+
+    @property
+    def engine_key(self) -> str:
+        """Policies with equal keys can share an engine."""
+        serving = self.serving
+        return hash_json([self.model, self.revision, serving.dtype, serving.processor, serving.trust_remote_code])
+
+    def base(self) -> "Policy":
+        """The untouched base of this policy, as a policy."""
+        update = {
+            "stage": 0,
+            "name": "base",
+            "kind": "base",
+            "path": None,
+            "rank": None,
+            "hash": self.serving.base_hash,
+        }
+        return Policy(self.serving.model_copy(update=update), self.folder)
+
+
+def read_policy(stage_dir: Path) -> Policy:
+    """The policy of a stage's folder. Raises `InputError` where its files are missing."""
+    policy = Policy(read_serving(stage_dir), stage_dir)
+    if policy.serving.kind != "base" and not (policy.serving.path and (stage_dir / policy.serving.path).is_dir()):
+        raise InputError(
+            "no such folder", where=stage_dir / "serving.json", field="path", remedy="Train the stage again"
+        )
+    return policy
+
+
+class Request(NamedTuple):
+    """One question to one policy. The images belong to the first user turn, in order."""
+
+    prompt: Sequence[Message]
+    images: Sequence[Path]
+    policy: Policy
+    completion: str = ""  # what `logprobs` scores; `generate` does not look at it
+
+
+class Response(NamedTuple):
+    """A greedy answer."""
+
+    text: str
+    finished: bool  # ended by itself; False: cut off at the limit of tokens
+    tokens: int  # generated, the closing one included
+    prompt: str  # the text as the model got it, image placeholders not expanded
+
+
+class Scored(NamedTuple):
+    """A completion under teacher forcing."""
+
+    prompt_ids: list[int]  # as the model saw them, image tokens expanded
+    logprobs: list[float]  # of each token of the completion and of the end token, in nats
+
+
+class Engine(Protocol):
+    """Serves the policies it was made with. Images are read when their request is started."""
+
+    name: str
+
+    def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        """Answer greedily; gives (index of the request, response) as each is done, in any order."""
+        ...
+
+    def logprobs(self, requests: Sequence[Request]) -> list[Scored]:
+        """The log-probability of each token of each request's completion, in the requests' order."""
+        ...
+
+    def close(self) -> None:
+        """Give the memory back."""
+        ...
+
+
+def generate(engine: Engine, requests: Sequence[Request], max_new_tokens: int) -> list[Response]:
+    """Answer greedily, in the requests' order."""
+    answers = dict(engine.stream(requests, max_new_tokens))
+    return [answers[i] for i in range(len(requests))]
+
+
+def load_processor(serving: Serving) -> Any:
+    """The base's processor with the recipe's settings, padding on the left as generation needs it."""
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(
+        serving.base, revision=serving.revision, trust_remote_code=serving.trust_remote_code, **serving.processor
+    )
+    if getattr(processor, "tokenizer", None) is None:
+        raise InputError("has no processor for images and text", where=serving.base, field="base_model.path")
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_config(policy: Policy) -> Any:
+    """The configuration of a policy's model."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        policy.model, revision=policy.revision, trust_remote_code=policy.serving.trust_remote_code
+    )
+
+
+def render(processor: Any, request: Request) -> str:
+    """The prompt of a request as text. Every engine gets this and adds nothing to it."""
+    return render_chat(processor, request.prompt, len(request.images))
+
+
+def completed(processor: Any, request: Request) -> tuple[str, int]:
+    """The prompt with its completion and an end token, as text, and how many tokens that adds.
+
+    Engines get the whole text, so that both cut it into the same tokens.
+    """
+    tokenizer, prompt = processor.tokenizer, render(processor, request)
+    whole = prompt + request.completion + tokenizer.eos_token
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    return whole, length(whole) - length(prompt)
+
+
+def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
+    """The ids that end an answer: the generation configuration's and the tokenizer's."""
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(
+            policy.serving.base, revision=policy.serving.revision
+        ).eos_token_id
+    except OSError:  # a model without a generation_config.json
+        configured = None
+    listed = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*listed, tokenizer.eos_token_id] if token is not None})
+
+
+def image_tokens(config: Any) -> list[int]:
+    """The ids that stand for images and videos. A model that is broken enough to say one must not be able to."""
+    tokens = config.to_dict().items()
+    pattern = re.compile(r"(image|video|vision|audio)\w*_token_(id|index)")
+    return sorted({token for key, token in tokens if pattern.fullmatch(key) and isinstance(token, int)})
+
+
+def answer_text(tokenizer: Any, ids: Sequence[int], ends: Sequence[int]) -> str:
+    """Generated ids as text: without the end token and other special tokens, otherwise unchanged."""
+    kept = ids[:-1] if ids and ids[-1] in ends else ids
+    return tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def adapter_config(policy: Policy) -> dict[str, Any]:
+    """A LoRA's `adapter_config.json`. Raises `InputError` for anything but LoRA."""
+    assert policy.adapter is not None
+    config = read_json(policy.adapter / "adapter_config.json")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise InputError("is not a LoRA adapter", where=policy.adapter / "adapter_config.json", field="peft_type")
+    return config
+
+
+def adapter_tensors(policy: Policy) -> list[str]:
+    """The tensor names of a LoRA. Raises `InputError` if its file is missing or broken."""
+    from safetensors import SafetensorError, safe_open
+
+    assert policy.adapter is not None
+    path = policy.adapter / "adapter_model.safetensors"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except FileNotFoundError:
+        raise InputError("no such file", where=path) from None
+    except SafetensorError as error:
+        raise InputError(f"is not a safetensors file: {error}", where=path) from None

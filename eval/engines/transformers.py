@@ -1,0 +1,161 @@
+"""The transformers engine: slower, serves whatever transformers and PEFT load, and is what vLLM is compared with."""
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from mcit.data_prep.chat import open_image, tokenizer_options
+from mcit.data_prep.errors import InputError
+from mcit.eval.config import EvalConfig
+
+from .base import (
+    Policy,
+    Request,
+    Response,
+    Scored,
+    adapter_config,
+    adapter_tensors,
+    answer_text,
+    completed,
+    end_tokens,
+    image_tokens,
+    load_config,
+    load_processor,
+    render,
+)
+
+
+class TransformersEngine:
+    """One copy of the weights with every LoRA loaded beside it; a batch is of one policy, with or without images."""
+
+    name = "transformers"
+
+    def __init__(self, policies: Sequence[Policy], config: EvalConfig):
+        """Load the model of `policies` (they share it) and their adapters. Raises `InputError`."""
+        from transformers import AutoModelForImageTextToText, GenerationConfig
+
+        first = policies[0]
+        self.config = config
+        self.processor = load_processor(first.serving)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            first.model,
+            revision=first.revision,
+            trust_remote_code=first.serving.trust_remote_code,
+            dtype=getattr(torch, first.serving.dtype),
+        )
+        # The model's own generation defaults (a repetition penalty, a temperature) would change greedy answers.
+        self.ends = end_tokens(first, self.processor.tokenizer)
+        model.generation_config = GenerationConfig(
+            do_sample=False,
+            eos_token_id=self.ends,
+            pad_token_id=self.processor.tokenizer.pad_token_id or self.ends[0],
+            suppress_tokens=image_tokens(load_config(first)) or None,
+        )
+        self.adapters: set[str] = set()
+        self.model = model.to(self.device).eval()
+        for policy in policies:
+            if policy.adapter is not None and policy.serving.hash not in self.adapters:
+                self._load(policy)
+                self.adapters.add(policy.serving.hash)
+        self.model.eval()
+
+    def _load(self, policy: Policy) -> None:
+        """Add an adapter under its content hash. Raises `InputError` for a tensor that PEFT leaves out or makes up."""
+        from peft import PeftModel, get_peft_model_state_dict
+
+        adapter_config(policy)
+        name = policy.serving.hash
+        if self.adapters:
+            self.model.load_adapter(str(policy.adapter), adapter_name=name)
+        else:
+            self.model = PeftModel.from_pretrained(self.model, str(policy.adapter), adapter_name=name)
+        self.model.to(self.device)
+        live, stored = set(get_peft_model_state_dict(self.model, adapter_name=name)), set(adapter_tensors(policy))
+        if live != stored:
+            raise InputError(
+                f"{len(live ^ stored)} tensors do not fit the base model, the first: {min(live ^ stored)}",
+                where=policy.adapter,
+                remedy="The adapter belongs to another base, or its files are incomplete",
+            )
+
+    def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        """See `Engine.stream`. One batch is decoded at a time."""
+        prompts = [render(self.processor, request) for request in requests]
+        for batch in self._batches(requests, prompts):
+            for index, (ids, finished) in zip(
+                batch,
+                self._generate([requests[i] for i in batch], [prompts[i] for i in batch], max_new_tokens),
+                strict=True,
+            ):
+                text = answer_text(self.processor.tokenizer, ids, self.ends)
+                yield index, Response(text, finished, len(ids), prompts[index])
+
+    def _batches(self, requests: Sequence[Request], prompts: Sequence[str]) -> Iterator[list[int]]:
+        """Indices in batches of one policy, with images or without (processors refuse a mix), of similar lengths."""
+        groups: dict[tuple[str, bool], list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault((request.policy.serving.hash, bool(request.images)), []).append(index)
+        for group in groups.values():
+            group.sort(key=lambda index: len(prompts[index]))
+            for start in range(0, len(group), self.config.batch_size):
+                yield group[start : start + self.config.batch_size]
+
+    @torch.inference_mode()
+    def _generate(
+        self, requests: Sequence[Request], prompts: Sequence[str], max_new_tokens: int
+    ) -> list[tuple[list[int], bool]]:
+        """The generated ids of each request up to its end token, and whether there was one."""
+        inputs = self._inputs(requests, prompts)
+        with self._active(requests[0].policy):
+            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        answers = []
+        for row in output[:, inputs["input_ids"].shape[1] :].tolist():
+            end = next((place for place, token in enumerate(row) if token in self.ends), None)
+            answers.append((row if end is None else row[: end + 1], end is not None))
+        return answers
+
+    @torch.inference_mode()
+    def logprobs(self, requests: Sequence[Request]) -> list[Scored]:
+        """See `Engine.logprobs`. One request at a time: padding would change the numbers a little."""
+        results = []
+        for request in requests:
+            text, count = completed(self.processor, request)
+            inputs = self._inputs([request], [text])
+            ids = inputs["input_ids"]
+            with self._active(request.policy):
+                logits = self.model(**inputs).logits[0, -count - 1 : -1].float()  # [count, vocabulary]
+            picked = logits.log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
+            results.append(Scored(ids[0, :-count].tolist(), picked.tolist()))
+        return results
+
+    def _inputs(self, requests: Sequence[Request], texts: Sequence[str]) -> Any:
+        images = [[open_image(path) for path in request.images] for request in requests]
+        inputs = self.processor(
+            text=list(texts),
+            images=images if requests[0].images else None,
+            padding=True,
+            return_tensors="pt",
+            **tokenizer_options(self.processor, texts[0]),
+        )
+        limit, longest = self.config.max_model_len, inputs["input_ids"].shape[1]
+        if limit and longest > limit:
+            raise InputError(f"a prompt takes {longest} tokens and {limit} fit", field="eval.max_model_len")
+        return inputs.to(self.device, dtype=self.model.dtype)
+
+    def _active(self, policy: Policy) -> AbstractContextManager[Any]:
+        """Switch to a policy; the base is the model with every adapter off."""
+        if policy.adapter is not None:
+            self.model.set_adapter(policy.serving.hash)
+            return nullcontext()
+        return self.model.disable_adapter() if self.adapters else nullcontext()
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

@@ -1,0 +1,284 @@
+"""The vLLM engine: one copy of the base, every policy a LoRA request, all cells mixed in one queue."""
+
+import gc
+import importlib.util
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mcit.data_prep.chat import open_image, tokenizer_options
+from mcit.data_prep.errors import InputError
+from mcit.eval.config import EvalConfig
+
+from .base import (
+    Policy,
+    Request,
+    Response,
+    Scored,
+    adapter_config,
+    adapter_tensors,
+    answer_text,
+    completed,
+    end_tokens,
+    image_tokens,
+    load_config,
+    load_processor,
+    render,
+)
+
+if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
+
+# vLLM reads these when it is imported; a user's own setting wins.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine that can be asked what it did with an adapter
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU alone
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 allows for max_lora_rank
+# Slots take max_lora_rank × slots × (sum of all layers' widths) numbers beside the weights. At rank 1,024 in all they
+# are about a tenth of a 7B model; what does not fit waits its turn in the computer's memory.
+SLOT_RANKS = 1024
+IN_FLIGHT = 512  # requests handed to vLLM at a time: enough to keep it busy, few enough to hold their images
+
+
+class EngineFailed(Exception):
+    """vLLM could not be started; the text says why."""
+
+
+class VllmEngine:
+    """An in-process `vllm.LLM`. Adapters are named by content hash, so that no cache can mistake one for another."""
+
+    name = "vllm"
+
+    def __init__(self, policies: Sequence[Policy], config: EvalConfig, max_images: int):
+        """Start vLLM on the model of `policies` (they share it) and load their adapters.
+
+        `max_images` is the largest number of images in one request. Raises `InputError` for an adapter that vLLM would
+        not apply in full, `EngineFailed` if vLLM does not start.
+        """
+        first = policies[0]
+        adapters = [policy for policy in policies if policy.adapter is not None]
+        rank = max((_rank(policy) for policy in adapters), default=0)
+        self.processor = load_processor(first.serving)
+        self.slots = min(len(adapters), max(1, SLOT_RANKS // max_lora_rank(rank))) if adapters else 0
+        self._loras: dict[str, LoRARequest] = {}
+        self._llm = self._start(first, config, max_images, len(adapters), rank)
+        try:
+            self.ends = end_tokens(first, self.processor.tokenizer)
+            self.forbidden = image_tokens(load_config(first))
+            for policy in adapters:
+                self.add(policy)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int) -> Any:
+        serving = first.serving
+        lora: dict[str, Any] = {}
+        if adapters:
+            lora = {
+                "enable_lora": True,
+                "max_loras": self.slots,
+                "max_cpu_loras": adapters,
+                "max_lora_rank": max_lora_rank(rank),
+            }
+        try:
+            import torch
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+            if current_platform.is_cpu():
+                from .vllm_cpu import install
+
+                install()
+            return LLM(
+                first.model,
+                tokenizer=serving.base,
+                revision=first.revision,
+                tokenizer_revision=serving.revision,
+                trust_remote_code=serving.trust_remote_code,
+                dtype=serving.dtype,
+                mm_processor_kwargs=serving.processor or None,
+                limit_mm_per_prompt={"image": max_images, "video": 0},
+                max_model_len=config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
+                enforce_eager=not torch.cuda.is_available(),
+                seed=0,
+                **lora,
+            )
+        except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise EngineFailed(f"vLLM did not start: {reason[:500]}") from error
+
+    def add(self, policy: Policy) -> None:
+        """Hand an adapter to vLLM. Raises `InputError` for anything of it that vLLM would leave out."""
+        from vllm.lora.request import LoRARequest
+
+        if policy.serving.hash in self._loras:
+            return
+        remedy = "Set eval.engine to transformers, or train what vLLM serves: LoRA on the language model"
+        config, names = adapter_config(policy), adapter_tensors(policy)
+        # vLLM reads neither of these and would scale every module alike.
+        for key in ("alpha_pattern", "rank_pattern"):
+            if config.get(key):
+                raise InputError("is not applied by vLLM", where=policy.adapter, field=key, remedy=remedy)
+        lora = LoRARequest(policy.serving.hash, len(self._loras) + 1, str(policy.adapter))
+        try:
+            self._llm.llm_engine.add_lora(lora)
+        except Exception as error:  # vLLM's own refusals, for which it has no type
+            reason = " ".join(str(error).split())[:300]
+            raise InputError(f"vLLM refuses the adapter: {reason}", where=policy.adapter, remedy=remedy) from error
+        [ignored] = self._llm.apply_model(lambda model: ignored_tensors(model, lora.lora_int_id, names))
+        if ignored:
+            self._llm.llm_engine.remove_lora(lora.lora_int_id)
+            raise InputError(
+                f"vLLM would ignore {len(ignored)} of {len(names)} tensors, the first: {ignored[0]}",
+                where=policy.adapter,
+                remedy=remedy,
+            )
+        self._loras[policy.serving.hash] = lora
+
+    def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        """See `Engine.stream`. The order of work is image → adapter → question, for the encoder and prefix caches."""
+        from vllm import SamplingParams
+
+        parameters = SamplingParams(
+            temperature=0,
+            max_tokens=max_new_tokens,
+            stop_token_ids=self.ends,
+            logit_bias=dict.fromkeys(self.forbidden, float("-inf")),
+            detokenize=False,
+        )
+        prompts = [render(self.processor, request) for request in requests]
+        for index, output in self._run(requests, prompts, self._order(requests), parameters):
+            answer = output.outputs[0]
+            ids = list(answer.token_ids)
+            text = answer_text(self.processor.tokenizer, ids, self.ends)
+            yield index, Response(text, answer.finish_reason == "stop", len(ids), prompts[index])
+
+    def logprobs(self, requests: Sequence[Request]) -> list[Scored]:
+        """See `Engine.logprobs`. The prompt's cached prefix is not read, or there would be no log-probs for it."""
+        from vllm import SamplingParams
+
+        texts, counts = zip(*(completed(self.processor, request) for request in requests), strict=True)
+        parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        results = {}
+        for index, output in self._run(requests, texts, range(len(requests)), parameters):
+            ids, count = output.prompt_token_ids, counts[index]
+            rows = output.prompt_logprobs[-count:]
+            picked = [row[token].logprob for row, token in zip(rows, ids[-count:], strict=True)]
+            results[index] = Scored(list(ids[:-count]), picked)
+        return [results[i] for i in range(len(requests))]
+
+    def _order(self, requests: Sequence[Request]) -> list[int]:
+        """Indices by image → adapter → question; if adapters outnumber the slots, a slotful of adapters at a time."""
+
+        def key(index: int) -> tuple[int, list[str], int, int]:
+            lora = self._loras.get(requests[index].policy.serving.hash)
+            number = lora.lora_int_id if lora else 0
+            wave = (number - 1) // self.slots if number else 0
+            return wave, [str(path) for path in requests[index].images], number, index
+
+        return sorted(range(len(requests)), key=key)
+
+    def _run(
+        self, requests: Sequence[Request], texts: Sequence[str], order: Sequence[int], parameters: Any
+    ) -> Iterator[tuple[int, Any]]:
+        """(index, vLLM's output) as each request ends; the queue is topped up, so that the engine never runs dry."""
+        waiting = deque(order)
+        running: dict[str, int] = {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < IN_FLIGHT:
+                    index = waiting.popleft()
+                    name = self._enqueue(requests[index], texts[index], parameters)
+                    running[name] = index
+                for output in self._llm.llm_engine.step():
+                    if output.finished:
+                        yield running.pop(output.request_id), output
+        finally:
+            if running:
+                self._llm.llm_engine.abort_request(list(running))
+
+    def _enqueue(self, request: Request, text: str, parameters: Any) -> str:
+        from vllm.exceptions import VLLMValidationError
+
+        prompt: dict[str, Any] = {"prompt": text}
+        if request.images:
+            prompt["multi_modal_data"] = {"image": [open_image(path) for path in request.images]}
+        try:
+            [name] = self._llm.enqueue(
+                prompt,
+                parameters,
+                lora_request=self._loras.get(request.policy.serving.hash),
+                use_tqdm=False,
+                tokenization_kwargs=tokenizer_options(self.processor, text),
+            )
+        except VLLMValidationError as error:
+            raise InputError(
+                f"vLLM refuses a prompt: {error}",
+                field=f"prompt beginning {text[:60]!r}",
+                remedy="Lower base_model.processor.max_pixels, or raise eval.max_model_len",
+            ) from error
+        return str(name).rsplit("-", 1)[0]  # outputs carry the name without vLLM's random suffix
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def why_not_vllm(policy: Policy) -> str | None:
+    """Why vLLM cannot serve a policy's model, or None if nothing speaks against it. Imports vLLM."""
+    if importlib.util.find_spec("vllm") is None:
+        return "vLLM is not installed"
+    try:
+        from vllm.model_executor.models import ModelRegistry
+    except (ImportError, OSError, RuntimeError) as error:  # built for another machine, or another torch
+        return f"vLLM cannot be imported: {str(error).splitlines()[0]}"
+    served = ModelRegistry.get_supported_archs()
+    names = load_config(policy).architectures or []
+    return None if any(name in served for name in names) else f"vLLM does not serve {', '.join(names) or 'this model'}"
+
+
+def max_lora_rank(rank: int) -> int:
+    """The smallest rank vLLM allows that holds `rank`. Raises `InputError` above 512."""
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise InputError(f"an adapter of rank {rank} is more than vLLM serves ({RANKS[-1]})", remedy="Serve it merged")
+
+
+def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:
+    """Which tensors of the adapter loaded under `number` vLLM does not apply. Runs where vLLM's model is.
+
+    vLLM loads a LoRA for any module name that ends like a linear layer's, then puts factors into the layers it has
+    wrapped (`LoRAModelManager.modules`, of which q, k, v or gate, up share one: `packed_modules`) and drops the rest
+    without a word. Vision towers and projectors are not wrapped.
+    """
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    manager = model.lora_manager
+    packed = {part for parts in manager.packed_modules.values() for part in parts}
+    applied = (set(manager.modules) | packed) - {name for name in manager.packed_modules if name not in packed}
+    left_over = set(manager.get_adapter(number).loras) - set(manager.modules)
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    mapper = mapper.get_rename_mapper() if mapper is not None else None
+
+    def is_applied(name: str) -> bool:
+        try:
+            module, _ = parse_fine_tuned_lora_name(name, mapper)
+        except ValueError:
+            return False
+        return module in applied and module not in left_over
+
+    return [name for name in names if not is_applied(name)]
+
+
+def _rank(policy: Policy) -> int:
+    config = adapter_config(policy)
+    return max(int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 0)

@@ -1,0 +1,100 @@
+"""Child processes that leave a log, show where they are, and never outlive the run that started them."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+from mcit.data_prep.errors import InputError
+
+# Reads the child's process group, then waits for a second line that says the child has ended. If this process dies
+# first, by whatever signal, the pipe closes instead: the group is asked to stop, and killed if it does not.
+_WATCHDOG = 'read group; read ended || { kill -TERM -- "-$group"; sleep 30; kill -KILL -- "-$group"; }'
+_LINE_END = re.compile(rb"[\r\n]+")
+
+
+class ChildFailed(Exception):
+    """A child process ended with an error that is not the user's; the text holds its last lines and the log's path."""
+
+
+def run_child(
+    command: Sequence[str], log: Path, env: Mapping[str, str], show: Callable[[str], None], keep_open: int
+) -> None:
+    """Run `command` with its output in `log`, calling `show` with each line it prints (progress bars included).
+
+    The child inherits the file descriptor `keep_open`, the step's lock, so that the step stays locked until the child
+    too is gone. Raises `InputError` with the child's own line if it refused its input, otherwise `ChildFailed`.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    last: deque[str] = deque(maxlen=15)
+    with open(log, "wb") as file, _watched(command, env, keep_open) as child:
+        assert child.stdout is not None
+        for line in _lines(child.stdout, file):
+            last.append(line)
+            show(line)
+        code = child.wait()
+    if code:
+        refused = [line for line in last if line.startswith("error: ")]
+        if refused:
+            raise InputError(refused[-1].removeprefix("error: "))
+        raise ChildFailed("\n".join([*last, f"exit code {code}; the whole log: {log}"]))
+
+
+@contextlib.contextmanager
+def _watched(command: Sequence[str], env: Mapping[str, str], keep_open: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The child in a process group of its own, stopped when the block is left by an error or this process dies."""
+    watchdog = subprocess.Popen(
+        ["sh", "-c", _WATCHDOG],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    assert watchdog.stdin is not None
+    child = subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=(keep_open,),
+    )
+    watchdog.stdin.write(f"{child.pid}\n".encode())
+    watchdog.stdin.flush()
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            _stop(child)
+        with contextlib.suppress(BrokenPipeError):
+            watchdog.stdin.write(b"ended\n")
+            watchdog.stdin.close()
+        watchdog.wait()
+
+
+def _stop(child: subprocess.Popen[bytes]) -> None:
+    """Ask the child's group to stop, and kill it if it does not within 30 seconds."""
+    for sign, patience in ((signal.SIGTERM, 30.0), (signal.SIGKILL, None)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(patience)
+            return
+
+
+def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
+    """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`."""
+    rest = b""
+    while chunk := os.read(stream.fileno(), 65536):
+        log.write(chunk)
+        log.flush()
+        *lines, rest = _LINE_END.split(rest + chunk)
+        yield from (line.decode(errors="replace").strip() for line in lines if line.strip())
+    if rest.strip():
+        yield rest.decode(errors="replace").strip()

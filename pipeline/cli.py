@@ -1,0 +1,344 @@
+"""The `mcit` command. Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 130 interrupted."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mcit.data_prep.errors import InputError
+
+app = typer.Typer(
+    help="Continual instruction tuning of vision-language models: tune task after task, measure what was forgotten.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, a packaged recipe (`mini/sefe`), or a run directory.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Recipe keys to change: `seed=1`, `stream.digits.test=0.2`."),
+]
+With = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="METHOD", help="Add a method: a name (`mcit methods`), a file, or module:Class."),
+]
+RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept. Default: runs/<the recipe's name>.")]
+LaunchOption = Annotated[str, typer.Option(help="single, ddp, zero2, or an accelerate configuration file.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="Number of training processes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Converter(StrEnum):
+    """What `mcit asd` can convert with."""
+
+    rules = "rules"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    from .child import ChildFailed
+
+    try:
+        app()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ChildFailed as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    with_method: With = None,
+    run_dir: RunDir = None,
+    launch: LaunchOption = "single",
+    gpus: Gpus = None,
+    print_config: Annotated[
+        bool, typer.Option(help="Print what the recipe and each stage resolve to; do nothing.")
+    ] = False,
+) -> None:
+    """Do everything: prepare, tune each stage, evaluate, report. Again: it continues, and redoes nothing unchanged.
+
+    Example: `mcit run mini/sequential --with sefe seed=1 --run-dir runs/sefe-1`
+    """
+    from .run import perform_steps, show_results
+    from .terminal import Terminal
+
+    if print_config:
+        print(_configuration(recipe, overrides, with_method), end="")
+        return
+    terminal = Terminal()
+    current = _start(recipe, overrides, with_method, run_dir, launch, gpus, terminal)
+    perform_steps(current, current.steps(), terminal)
+    show_results(current, terminal)
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument, overrides: Overrides = None, with_method: With = None, run_dir: RunDir = None
+) -> None:
+    """Prepare and check the data of all tasks.
+
+    Example: `mcit prepare mini/sefe`
+    """
+    from .run import perform_steps
+    from .terminal import Terminal
+
+    terminal = Terminal()
+    current = _start(recipe, overrides, with_method, run_dir, "single", None, terminal)
+    perform_steps(current, current.preparation(), terminal)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    stage: Annotated[int, typer.Option(help="1 is the first.")],
+    overrides: Overrides = None,
+    with_method: With = None,
+    run_dir: RunDir = None,
+    launch: LaunchOption = "single",
+    gpus: Gpus = None,
+) -> None:
+    """Train one stage; the stage before must be done.
+
+    Example: `mcit train mini/sefe --stage 2`
+    """
+    from .run import train_stage
+    from .terminal import Terminal
+
+    terminal = Terminal()
+    train_stage(_start(recipe, overrides, with_method, run_dir, launch, gpus, terminal), stage, terminal)
+
+
+@app.command("eval")
+def evaluate(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+    """Evaluate the stages that are done, in the cells that `eval.cells` asks for, and print the matrix.
+
+    Example: `mcit eval runs/mini-sefe eval.engine=transformers`
+    """
+    from .run import perform_steps, show_results
+    from .terminal import Terminal
+
+    terminal = Terminal()
+    current = _start(recipe, overrides, None, run_dir, "single", None, terminal)
+    perform_steps(current, [current.evaluate(partly=True), current.results(), current.report()], terminal)
+    show_results(current, terminal)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run, or several to set side by side.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: RUN/report of the first.")] = None,
+) -> None:
+    """Write the report page of a run, or of several side by side.
+
+    Example: `mcit report runs/mini-sequential runs/mini-sefe --out runs/comparison`
+    """
+    from mcit.eval.report import old_task_verdicts, write_report
+    from mcit.eval.results import read_results
+
+    from .terminal import Terminal
+
+    terminal, results = Terminal(), [dict(read_results(path)) for path in runs]
+    page = write_report(runs, out)
+    for result in results:
+        terminal.results(result, old_task_verdicts(result))
+    if len(results) > 1:
+        terminal.compare([str(path) for path in runs], results)
+    terminal.say(f"report: {page}")
+
+
+@app.command()
+def status(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: AsJson = False) -> None:
+    """Say what is done, running and left.
+
+    Example: `mcit status runs/mini-sefe`
+    """
+    from .status import read_run, run_status
+    from .terminal import Terminal
+
+    found = run_status(read_run(run))
+    if as_json:
+        _print_json(found)
+        return
+    terminal = Terminal()
+    for step in found["steps"]:
+        owner = step["owner"]
+        by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
+        seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
+        terminal.say(f"{step['state']:8}{step['title']}{seconds}{by}", "" if step["state"] == "done" else "bold")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods against forgetting: paper, category, what they keep, where they work.
+
+    Example: `mcit methods --json`
+    """
+    from .methods import EXPANSIONS, METHODS
+    from .terminal import Terminal
+
+    rows = [
+        {
+            "name": name,
+            "paper": method.paper,
+            "category": method.category,
+            "keeps": method.keeps,
+            "lineages": list(method.lineages),
+            "paradigms": list(method.paradigms),
+            "distributed": list(method.distributed),
+            "settings": method.Config().model_dump(),
+        }
+        for name, method in METHODS.items()
+    ]
+    rows += [{"name": name, "expands_to": parts} for name, parts in EXPANSIONS.items()]
+    if as_json:
+        _print_json(rows)
+        return
+    terminal = Terminal()
+    for row in rows:
+        if "expands_to" in row:
+            terminal.say(f"{row['name']:10}= {' + '.join(row['expands_to'])}")
+        else:
+            terminal.say(f"{row['name']:10}{row['category']}, keeps {row['keeps']}; {row['paper']}")
+            terminal.say(
+                f"{'':10}lineage {', '.join(row['lineages'])}; {', '.join(row['paradigms'])}; {row['settings']}"
+            )
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine can run, and why not.
+
+    Example: `mcit doctor`
+    """
+    from .doctor import findings
+    from .terminal import Terminal
+
+    terminal = Terminal()
+    with terminal.working("looking around"):
+        found = findings()
+    if as_json:
+        _print_json([finding._asdict() for finding in found])
+        return
+    for finding in found:
+        remedy = "" if finding.ok else f"  → {finding.remedy}"
+        terminal.say(
+            f"{'ok' if finding.ok else 'no':4}{finding.name:14}{finding.found}{remedy}", "" if finding.ok else "yellow"
+        )
+
+
+@app.command()
+def metrics(matrix: Annotated[Path, typer.Argument(metavar="MATRIX.json", help="Or a run's results.json.")]) -> None:
+    """Print all continual-learning metrics of a score matrix as one JSON object.
+
+    The file holds `{"matrix": [[…]]}`: rows are stages, columns tasks, scores 0–100; `"row0": true` when the first row
+    is the base; optionally `learned`, the stage that first trained each task.
+
+    Example: `mcit metrics matrix.json`
+    """
+    from mcit.eval.metrics import metrics_file
+
+    _print_json(metrics_file(matrix))
+
+
+@app.command()
+def score(
+    kind: Annotated[str, typer.Argument(help="mcq, yes_no, short, …, or module:function.")],
+    predictions: Annotated[
+        Path, typer.Argument(metavar="PREDICTIONS.jsonl", help="Per line: id, response, references.")
+    ],
+    per_sample: Annotated[Path | None, typer.Option(help="Also write each line with its score here.")] = None,
+) -> None:
+    """Score predictions that were made elsewhere; prints one JSON object with score, n and stderr.
+
+    Example: `mcit score mcq predictions.jsonl --per-sample scored.jsonl`
+    """
+    from mcit.eval.scoring import score_file
+
+    _print_json(score_file(kind, predictions, per_sample))
+
+
+@app.command()
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    with_method: With = None,
+    stage: Annotated[int, typer.Option(help="1 is the first.")] = 1,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of samples.")] = 5,
+) -> None:
+    """Show what the model will really see, and which tokens carry loss.
+
+    Example: `mcit show mini/sefe --stage 2 -n 3`
+    """
+    from .recipe import load_recipe
+    from .show import show_stage
+    from .terminal import Terminal
+
+    show_stage(load_recipe(recipe, overrides or (), with_method or ()), stage, n, Terminal())
+
+
+@app.command()
+def asd(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="A data file: LLaVA JSON, TRL JSONL or Parquet.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="JSONL to write; a report is written beside it.")],
+    fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the samples to convert.")] = 0.2,
+    seed: int = 0,
+    converter: Annotated[Converter, typer.Option(help="What rewrites the answers.")] = Converter.rules,
+) -> None:
+    """Convert part of a data file's answers into other styles (answer-style diversification, SEFE).
+
+    Example: `mcit asd train.json train-asd.jsonl --fraction 0.2 --seed 0 --converter rules`
+    """
+    from mcit.data_prep.schema import AsdConfig
+
+    from .convert import convert_file
+
+    settings = AsdConfig(fraction=fraction, converter=converter.value)
+    print(convert_file(source, target, settings, seed)["summary"])
+
+
+def _start(
+    recipe: str,
+    overrides: list[str] | None,
+    with_method: list[str] | None,
+    run_dir: Path | None,
+    launch: str,
+    gpus: int | None,
+    terminal: Any,
+) -> Any:
+    """The run that the arguments mean: a run directory given as the recipe is taken up where it is."""
+    from .recipe import load_recipe
+    from .run import start_run
+    from .steps import Launch
+
+    loaded = load_recipe(recipe, overrides or (), with_method or ())
+    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
+    return start_run(loaded, directory, Launch.named(launch, gpus), terminal)
+
+
+def _configuration(recipe: str, overrides: list[str] | None, with_method: list[str] | None) -> str:
+    """The resolved recipe, and as a second YAML document what each stage resolves to."""
+    from .layers import to_yaml
+    from .recipe import dump_recipe, load_recipe
+
+    loaded = load_recipe(recipe, overrides or (), with_method or ())
+    stages = [
+        {"stage": stage.k, "name": stage.name, "tasks": stage.tasks, "train": stage.train.model_dump(mode="json")}
+        for stage in loaded.stages
+    ]
+    return f"# The recipe\n{to_yaml(dump_recipe(loaded))}---\n# What each stage resolves to\n{to_yaml(stages)}"
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))

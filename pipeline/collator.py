@@ -1,0 +1,165 @@
+"""From samples to a training batch: the evaluation's own prompt, then the assistant's turns, and loss on these alone."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from mcit.data_prep.chat import to_chat
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.images import load_image
+from mcit.data_prep.schema import Sample
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+IGNORED = -100  # the label that carries no loss
+
+
+class Collator:
+    """Collates rows `{"index": i}` into a batch of `samples[i]` (image paths absolute) for a vision-language model.
+
+    The prompt is tokenized exactly as in evaluation: rendered with the generation prompt, its images through the
+    processor. Each assistant turn of the completion follows, end-of-turn token included, and carries loss; everything
+    else is labelled -100. Nothing is ever truncated.
+    """
+
+    def __init__(self, processor: "ProcessorMixin", samples: Sequence[Sample], max_length: int):
+        self.processor, self.samples, self.max_length = processor, samples, max_length
+        self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+        # A template may close no assistant turn (LLaVA-1.5's does not): then the end-of-sequence token does.
+        question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
+        left_open = self._render([question, answer], False).rstrip().endswith("!")
+        self.end_of_turn = self.tokenizer.eos_token if left_open else ""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return self.collate([self.samples[row["index"]] for row in rows])
+
+    def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """`input_ids`, `attention_mask`, `labels` [batch, length], padded right, and what the processor adds.
+
+        Image tensors hold the images of the batch in order and are missing where no sample has one.
+        Raises `InputError` for a sample that is too long or that the chat template does not render turn by turn.
+        """
+        pieces = [self.pieces(sample) for sample in samples]
+        rows: list[dict[str, Tensor]] = [{} for _ in samples]
+        images: dict[str, Tensor] = {}
+        for with_images in (True, False):
+            group = [i for i, sample in enumerate(samples) if bool(sample["images"]) == with_images]
+            if group:
+                prompts = [pieces[i][0] for i in group]
+                pictures = [[load_image(path) for path in samples[i]["images"]] for i in group]
+                encoded, fields = self._prompts(prompts, pictures if with_images else None)
+                images |= fields
+                for i, row in zip(group, encoded, strict=True):
+                    rows[i] = self._extend(row, pieces[i], samples[i])
+        fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
+        return {
+            key: pad_sequence([_field(row, key) for row in rows], batch_first=True, padding_value=fill.get(key, 0))
+            for key in sorted({key for row in rows for key in row})
+        } | images
+
+    def pieces(self, sample: Sample) -> list[str]:
+        """The rendered dialogue, cut: prompt, assistant turn, what leads to the next one, assistant turn, …"""
+        messages = [*sample["prompt"], *sample["completion"]]
+        if self.end_of_turn:
+            messages = [
+                {**message, "content": message["content"] + self.end_of_turn}  # type: ignore[misc]
+                if message["role"] == "assistant"
+                else message
+                for message in messages
+            ]
+        chat = to_chat(messages, len(sample["images"]))
+        pieces: list[str] = []
+        done = ""
+        for turn in range(len(sample["prompt"]), len(chat)):
+            if chat[turn]["role"] != "assistant":
+                continue
+            try:
+                before = self._render(chat[:turn], True)
+                after = self._render(chat[: turn + 1], False).rstrip()
+            except TemplateError as error:
+                raise InputError(f"the chat template refuses it: {error}", where=_place(sample)) from None
+            if not (before.startswith(done) and after.startswith(before)):
+                raise InputError(
+                    f"the chat template renders turn {turn} differently when more turns follow",
+                    where=_place(sample),
+                    remedy="Make each assistant turn a sample of its own, with the turns before it as the prompt",
+                )
+            pieces += [before[len(done) :], after[len(before) :]]
+            done = after
+        if not pieces:
+            raise InputError("the completion has no assistant turn", where=_place(sample))
+        return pieces
+
+    def _render(self, chat: list[Any], generation_prompt: bool) -> str:
+        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
+
+    def _prompts(self, texts: list[str], images: Any) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Token fields [length] of each prompt, and the image tensors of all."""
+        bos = self.tokenizer.bos_token
+        batch = self.processor(
+            text=texts,
+            images=images,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=not (bos and texts[0].startswith(bos)),  # as apply_chat_template(tokenize=True)
+        )
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        is_token_field = {key: value.shape == ids.shape and not value.is_floating_point() for key, value in batch.items()}
+        rows = [{key: batch[key][i][mask[i]] for key in batch if is_token_field[key]} for i in range(len(texts))]
+        return rows, {key: value for key, value in batch.items() if not is_token_field[key]}
+
+    def _extend(self, row: dict[str, Tensor], pieces: list[str], sample: Sample) -> dict[str, Tensor]:
+        """Append everything after the prompt to a prompt's token fields, and add the labels."""
+        ids = [row["input_ids"]]
+        labels = [torch.full_like(row["input_ids"], IGNORED)]
+        for place, tokens in enumerate(self._tokens(pieces)):
+            ids.append(torch.tensor(tokens, dtype=torch.long))
+            labels.append(ids[-1] if place % 2 == 0 else torch.full_like(ids[-1], IGNORED))
+        added = sum(map(len, ids[1:]))
+        if len(ids[0]) + added > self.max_length:
+            raise InputError(
+                f"takes {len(ids[0]) + added} tokens, images included, and {self.max_length} fit",
+                where=_place(sample),
+                remedy="Shorten it, lower base_model.processor.max_pixels, or raise train.max_length",
+            )
+        fields = {key: torch.cat([value, value.new_zeros(added)]) for key, value in row.items()}
+        fields["attention_mask"] = torch.ones(len(ids[0]) + added, dtype=torch.long)
+        return fields | {"input_ids": torch.cat(ids), "labels": torch.cat(labels)}
+
+    def _tokens(self, pieces: list[str]) -> list[list[int]]:
+        """Token ids of each piece after the first.
+
+        The dialogue is tokenized as a whole, so that a tokenizer that marks word starts sees them in context, and cut
+        where the pieces meet; if a token spans a cut, the pieces are tokenized alone, as generation would meet them.
+        """
+
+        def alone(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        if self.tokenizer.is_fast:
+            whole = self.tokenizer("".join(pieces), add_special_tokens=False, return_offsets_mapping=True)
+            cuts = [0, *accumulate(map(len, pieces))]
+            starts = [start for start, _ in whole["offset_mapping"]]
+            ends = [bisect_right(starts, cut - 1) for cut in cuts]
+            rows = [whole["input_ids"][start:end] for start, end in pairwise(ends)]
+            spans = any(start < cut < end for cut in cuts for start, end in whole["offset_mapping"])
+            if not spans and rows[0] == alone(pieces[0]):
+                return rows[1:]
+        return [alone(piece) for piece in pieces[1:]]
+
+
+def _field(row: dict[str, Tensor], key: str) -> Tensor:
+    """A token field of a row; zeros where only other rows have it (image markers of a text-only sample)."""
+    return row[key] if key in row else torch.zeros_like(row["input_ids"])
+
+
+def _place(sample: Sample) -> str:
+    return f"sample {sample['id']} of {sample['task']}"

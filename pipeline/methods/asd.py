@@ -1,0 +1,20 @@
+"""Answer-style diversification (SEFE, arXiv 2505.02486): part of each task's answers in other styles.
+
+It acts before training, when a task's data are prepared (`mcit.data_prep.asd`); here it is only declared.
+"""
+
+from mcit.data_prep.schema import AsdConfig
+
+from .base import Method
+
+
+class Asd(Method):
+    """Nothing is left to do while a stage trains."""
+
+    name = "asd"
+    paper = "SEFE, ICML 2025, arXiv 2505.02486"
+    category = "data"
+    keeps = "nothing"
+    distributed = ("single", "ddp", "zero2", "zero3")
+    Config = AsdConfig
+    neutral = {"fraction": 0}  # noqa: RUF012

@@ -1,0 +1,74 @@
+"""What a method is: one short class with a few hooks, the same for SFT and GRPO, one process and many."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from mcit.data_prep.schema import Config, Sample
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+    from transformers import TrainerCallback
+
+    from ..recipe import Stage
+
+Distributed = Literal["single", "ddp", "zero2", "zero3"]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """What `Method.loss` sees of one micro-batch; it hides which trainer runs it."""
+
+    model: "PeftModel"  # unwrapped; the adapter in training is `default`
+    inputs: Mapping[str, Any]  # the micro-batch, as the trainer prepared it
+    step: int  # optimizer steps done so far in this stage
+    micro_batches: int  # of this optimizer step, on this process
+    last: bool  # whether this is the last of them
+
+
+class Method:
+    """Base of all methods. Class attributes say what it is and where it works; a recipe that asks for more is refused.
+
+    A recipe's `method: {<name>: {…}}` is validated by `Config`. `neutral` holds the settings under which the method
+    does nothing: then training must equal sequential tuning under the same lineage bit for bit, and draw no random
+    number. State is a flat mapping of tensors, saved after each stage and handed to the next one.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    category: ClassVar[str]  # regularisation, replay, distillation, data, architecture, merging
+    keeps: ClassVar[Literal["nothing", "general data", "past data"]]
+    lineages: ClassVar[Sequence[str]] = ("stack", "fold", "continue", "independent")
+    paradigms: ClassVar[Sequence[str]] = ("sft", "rft")
+    distributed: ClassVar[Sequence[Distributed]] = ("single", "ddp", "zero2")
+    conflicts: ClassVar[Sequence[str]] = ()
+    Config: ClassVar[type[Config]] = Config
+    neutral: ClassVar[Mapping[str, Any]] = {}
+
+    def __init__(self, config: Config):
+        self.config = config
+
+    def build(self, model: "PeftModel", state: dict[str, "Tensor"]) -> None:
+        """Prepare for a stage: `state` is what `finish` returned after the stage before (empty in the first)."""
+
+    def data(self, stage: "Stage", samples: list[Sample]) -> list[Sample]:
+        """The samples to train on; image paths are absolute."""
+        return samples
+
+    def loss(self, view: StepView) -> "Tensor | None":
+        """A term to add to the loss of this micro-batch, a scalar, or None.
+
+        Terms are summed over the micro-batches of an optimizer step and averaged over processes. So a term that depends
+        on the weights alone is returned once, where `view.last`; a mean over the micro-batch is divided by
+        `view.micro_batches`. What counts then depends neither on the accumulation split nor on the number of processes.
+        """
+        return None
+
+    def callbacks(self) -> list["TrainerCallback"]:
+        """Callbacks for what acts per step."""
+        return []
+
+    def finish(self, model: "PeftModel", samples: list[Sample]) -> dict[str, "Tensor"]:
+        """The state for the next stage, on the CPU; `model` is trained, still with its adapter `default`."""
+        return {}

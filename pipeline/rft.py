@@ -1,0 +1,128 @@
+"""Reinforcement tuning of one stage with TRL's `GRPOTrainer`; rewards are the evaluation's own scorers.
+
+accelerate launch --config_file recipes/accelerate/single.yaml pipeline/rft.py --recipe R --stage 1
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from mcit.data_prep.chat import to_chat
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.images import load_image
+from mcit.data_prep.schema import PreparedTask, Sample
+from mcit.eval.scorers import get_scorer
+from mcit.eval.scoring import Score, score_response
+from mcit.pipeline.lineage import set_reference
+from mcit.pipeline.stage import Entered, main, make_config, trainer_arguments
+from mcit.pipeline.trainer import MethodLoss
+
+KL_AT_START = 1e-4  # nats per token; the previous policy is the entering one, so only rounding may separate them
+
+
+class StageGRPOTrainer(MethodLoss, GRPOTrainer):
+    """TRL's `GRPOTrainer` with the methods' terms; its own sampler deals whole groups to any number of devices."""
+
+
+def make_trainer(entered: Entered) -> StageGRPOTrainer:
+    """The trainer of a stage: transformers generation, one reward per sample's task, an explicit KL reference."""
+    train = entered.stage.train
+    modalities = {bool(sample["images"]) for sample in entered.samples}
+    if len(modalities) > 1:
+        raise InputError(
+            "some samples have images and some have none, which GRPO cannot batch together",
+            where=f"stage {entered.stage.name}",
+            remedy="Give text-only samples a stage of their own",
+        )
+    entered.processor.tokenizer.padding_side = "left"  # generation; right padding corrupts Qwen's positions
+    rewards = {name: weight for name, weight in train.rft.rewards.items() if weight}
+    defaults = {"disable_dropout": True}  # dropout would make policy and reference differ by noise
+    arguments = trainer_arguments(entered, train.rft.args, defaults) | {"reward_weights": list(rewards.values())}
+    args = make_config(GRPOConfig, arguments, "rft")
+    prompts = args.generation_batch_size // args.num_generations
+    if len(entered.samples) < prompts:
+        raise InputError(
+            f"{len(entered.samples)} samples do not fill one generation batch of {prompts} prompts",
+            where=f"stage {entered.stage.name}",
+            field="train.global_batch_size",
+            remedy="Lower it (it counts completions), or give more samples",
+        )
+    trainer = StageGRPOTrainer(
+        model=entered.model,
+        reward_funcs=reward_functions(entered.tasks, list(rewards), _end_tokens(entered)),
+        args=args,
+        train_dataset=prompt_dataset(entered.samples),
+        processing_class=entered.processor,
+        callbacks=entered.callbacks,
+    )
+    if args.beta:
+        set_reference(entered.model, entered.previous, train)
+        if train.reference == "previous":
+            trainer.add_callback(ReferenceIsPrevious())
+    return trainer
+
+
+def prompt_dataset(samples: Sequence[Sample]) -> Dataset:
+    """Rows of `prompt` (the chat that evaluation renders), `sample`, and, with images, `images` opened when asked for."""
+
+    def rows(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
+        chosen = [samples[i] for i in batch["index"]]
+        columns: dict[str, list[Any]] = {
+            "prompt": [to_chat(sample["prompt"], len(sample["images"])) for sample in chosen],
+            "sample": chosen,
+        }
+        if chosen[0]["images"]:
+            columns["images"] = [[load_image(path) for path in sample["images"]] for sample in chosen]
+        return columns
+
+    return Dataset.from_dict({"index": list(range(len(samples)))}).with_transform(rows)
+
+
+def reward_functions(
+    tasks: Mapping[str, PreparedTask], names: Sequence[str], end_tokens: set[int]
+) -> list[Callable[..., list[float]]]:
+    """The rewards `names` in [0, 1], each by the scorer of the sample's own task, as TRL calls them.
+
+    `accuracy` is the evaluation's score, so an answer in the wrong form earns none; `format` is 1 for the right form.
+    """
+    scorers = {
+        name: get_scorer(task["scorer"] if task["reward"] == "same" else task["reward"]) for name, task in tasks.items()
+    }
+
+    def scores(completions: Any, completion_ids: Any, sample: Sequence[Sample]) -> list[Score]:
+        return [
+            score_response(row, completion[0]["content"], scorers[row["task"]], bool(ids) and ids[-1] in end_tokens)
+            for row, completion, ids in zip(sample, completions, completion_ids, strict=True)
+        ]
+
+    def accuracy(completions: Any, completion_ids: Any, sample: Sequence[Sample], **_: Any) -> list[float]:
+        return [score["score"] / 100 for score in scores(completions, completion_ids, sample)]
+
+    def format(completions: Any, completion_ids: Any, sample: Sequence[Sample], **_: Any) -> list[float]:
+        return [float(score["format_ok"]) for score in scores(completions, completion_ids, sample)]
+
+    known = {"accuracy": accuracy, "format": format}
+    return [known[name] for name in names]
+
+
+class ReferenceIsPrevious(TrainerCallback):
+    """At the first step the KL to the previous policy must vanish: anything else is a wrong reference."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        kl = (logs or {}).get("kl")
+        if state.global_step == 1 and kl is not None and not abs(kl) < KL_AT_START:
+            raise RuntimeError(f"the first KL to the previous policy is {kl}, not 0: the reference is another policy")
+
+
+def _end_tokens(entered: Entered) -> set[int]:
+    """What ends a completion, by TRL's own rule: the model's end tokens and the tokenizer's."""
+    declared = entered.model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared]
+    return {token for token in [*ids, entered.processor.tokenizer.eos_token_id] if token is not None}
+
+
+if __name__ == "__main__":
+    main("rft", make_trainer)

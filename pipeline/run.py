@@ -1,0 +1,109 @@
+"""The sequence runner: prepare, tune stage after stage, evaluate, report; again, and it does only what is left."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import write_json
+from mcit.data_prep.prepare import read_task
+from mcit.data_prep.readers import is_function
+from mcit.eval.hashing import model_folder
+from mcit.eval.results import read_results
+
+from .doctor import environment
+from .layers import read_layer
+from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
+from .status import write_status
+from .steps import Launch, Run, Step
+from .terminal import Terminal
+
+
+def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> Run:
+    """Make or take up a run directory: the base model's revision is pinned, recipe and environment are written."""
+    _check_files(recipe)
+    recipe.base_model = _pinned(recipe.base_model, run_dir)
+    run, before = Run(recipe, run_dir.resolve(), launch), _recipe_before(run_dir)
+    if before and before.get("name") != recipe.name:
+        terminal.say(
+            f"{run_dir} was made by the recipe {before.get('name')}: what fits {recipe.name} is kept", "yellow"
+        )
+    if before != dump_recipe(recipe):
+        write_recipe(recipe, run.dir / "recipe.yaml")
+    return run
+
+
+def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
+    """Do `steps` in order, each unless it is done. Raises `InputError` and `ChildFailed`; what was done stays done."""
+    for step in steps:
+        if changed := step.changed():
+            following = " and what follows" if step.name.startswith("train/") else ""
+            terminal.say(f"{step.title}{following}: again, because this changed: {', '.join(changed[:5])}", "yellow")
+        with terminal.working(step.title) as show:
+            marker, did = run.perform(step, show)
+        terminal.finished(step.title, marker["seconds"] if did else None, *(_details(step, marker) if did else ()))
+        if did:
+            write_json(run.dir / "environment.json", environment() | {"launch": str(run.launch.config)})
+            write_status(run)
+
+
+def train_stage(run: Run, k: int, terminal: Terminal) -> None:
+    """Prepare what stage `k` needs and train it. Raises `InputError` if the stage before is not done."""
+    stages = run.training()
+    if not 1 <= k <= len(stages):
+        raise InputError(f"the stream has stages 1 to {len(stages)}", where=run.recipe.name, field="--stage")
+    perform_steps(run, run.preparation(), terminal)
+    if k > 1 and not stages[k - 2].done():
+        raise InputError(f"stage {k - 1} is not done", where=run.dir, remedy=f"Train it first: --stage {k - 1}")
+    perform_steps(run, [stages[k - 1]], terminal)
+
+
+def show_results(run: Run, terminal: Terminal) -> None:
+    """The readable matrix, the metrics, what the wrong answers on old tasks are, and where the page is."""
+    from mcit.eval.report import old_task_verdicts  # here: needs matplotlib
+
+    results = read_results(run.dir)
+    terminal.results(results, old_task_verdicts(dict(results)))
+    terminal.say(f"report: {run.dir / 'report' / 'index.html'}")
+
+
+def _check_files(recipe: Recipe) -> None:
+    """Refuse missing data files before anything is written."""
+    for task in recipe.tasks:
+        for key in ("train", "validation", "test"):
+            source = getattr(task, key)
+            if isinstance(source, str) and not is_function(source) and not Path(source).is_file():
+                raise InputError("no such file", where=source, field=f"stream.{task.name}.{key}")
+        if task.images is not None and not Path(task.images).is_dir():
+            raise InputError("no such folder", where=task.images, field=f"stream.{task.name}.images")
+
+
+def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
+    """A Hub id with the commit it stands for, so that every stage loads the same; a folder as it is."""
+    if Path(model.path).is_dir():
+        return model
+    before = (_recipe_before(run_dir) or {}).get("base_model", {})
+    if before.get("path") == model.path and model.revision is None:
+        return model.model_copy(update={"revision": before.get("revision")})
+    folder = model_folder(model.path, model.revision)
+    in_cache = folder.parent.name == "snapshots"
+    return model.model_copy(update={"revision": folder.name}) if in_cache else model
+
+
+def _recipe_before(run_dir: Path) -> dict[str, Any] | None:
+    path = run_dir / "recipe.yaml"
+    return read_layer(path) if path.exists() else None
+
+
+def _details(step: Step, marker: dict[str, Any]) -> list[str]:
+    """What is worth saying of a step that was done."""
+    if step.name.startswith("prepare/"):
+        task = read_task(marker["folder"])
+        counts = ", ".join(f"{count} {part}" for part, count in task["counts"].items() if count)
+        return [f"{counts}; {task['style']}, scored by {task['scorer']}", *task["notes"]]
+    if step.name.startswith("train/"):
+        trained = marker["trained"]
+        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}"]
+    if step.name == "evaluate":
+        return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}"]
+    return []

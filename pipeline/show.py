@@ -1,0 +1,118 @@
+"""What the model really gets of a stage's data: text, images, tokens, and which of them carry loss."""
+
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.text import Text
+
+from mcit.data_prep.chat import open_image
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.prepare import image_path, prepare_task, read_samples, read_task
+from mcit.data_prep.schema import AsdConfig, PreparedTask, Sample
+from mcit.eval.hashing import cache_dir
+from mcit.eval.scorers import get_scorer
+from mcit.eval.scoring import Score, score_response
+
+from .recipe import Recipe
+from .terminal import Terminal
+
+
+class Span(NamedTuple):
+    """Neighbouring tokens that all carry loss, or none of them."""
+
+    text: str  # runs of image tokens shortened to one and their number
+    tokens: int
+    loss: bool
+
+
+class Shown(NamedTuple):
+    """A training sample as the model gets it."""
+
+    sample: Sample
+    spans: list[Span]
+    images: list[tuple[str, tuple[int, int], int | None]]  # path, (width, height) in pixels, tokens
+    native: Sample | None  # the sample before ASD, if ASD changed it
+    gold: Score  # what the gold answer scores
+
+
+def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
+    """The first `n` samples of each task of stage `k`, prepared if they are not yet; half of them, if ASD acts, converted
+    ones. Raises `InputError`.
+    """
+    from .collator import Collator  # here: these need torch and transformers
+    from .stage import load_processor
+
+    if not 1 <= k <= len(recipe.stages):
+        raise InputError(f"the stream has stages 1 to {len(recipe.stages)}", where=recipe.name, field="--stage")
+    stage = recipe.stages[k - 1]
+    processor, shown = load_processor(recipe.base_model), []
+    for name in stage.tasks:
+        folder, task, samples = _prepared(recipe, name, recipe.asd)
+        native = {sample["id"]: sample for sample in _prepared(recipe, name, None)[2]} if recipe.asd else {}
+        converted = [sample for sample in samples if "asd" in sample.get("meta", {})][: (n + 1) // 2]
+        rest = [sample for sample in samples if sample not in converted][: n - len(converted)]
+        collator = Collator(processor, [], stage.train.max_length or sys.maxsize)
+        for sample in [*converted, *rest]:
+            paths = [str(image_path(folder, task, image)) for image in sample["images"]]
+            placed: Sample = {**sample, "images": paths}
+            before = native.get(sample["id"]) if sample in converted else None
+            gold = score_response(sample, sample["completion"][-1]["content"], get_scorer(task["scorer"]))
+            shown.append(_shown(placed, collator, processor, before, gold))
+    return shown
+
+
+def show_stage(recipe: Recipe, k: int, n: int, terminal: Terminal) -> None:
+    """Print `n` samples of each task of stage `k`. Tokens with loss are coloured, or [[marked]] without a terminal."""
+    for shown in read_stage(recipe, k, n):
+        sample, spans = shown.sample, shown.spans
+        trained = sum(span.tokens for span in spans if span.loss)
+        total = sum(span.tokens for span in spans)
+        terminal.say(
+            f"── {sample['task']} {sample['id']} · {sample['style']} · {total} tokens, {trained} with loss", "bold"
+        )
+        for path, (width, height), tokens in shown.images:
+            terminal.say(f"image {path}  {width}×{height}" + (f", {tokens} tokens" if tokens is not None else ""))
+        if shown.native:
+            terminal.say("before ASD:", "dim")
+            for message in [*shown.native["prompt"], *shown.native["completion"]]:
+                terminal.say(f"  {message['role']}: {message['content']}", "dim")
+            terminal.say("after ASD, as the model gets it:", "dim")
+        terminal.console.print(_text(spans, terminal.console.is_terminal))
+        terminal.say(f"the gold answer scores {shown.gold['score']:.1f} ({shown.gold['verdict']})", "dim")
+
+
+def _prepared(recipe: Recipe, name: str, asd: AsdConfig | None) -> tuple[Path, PreparedTask, list[Sample]]:
+    home, task = Path(recipe.folder), recipe.task(name)
+    folder = prepare_task(task, recipe.prepare, seed=recipe.seed, asd=asd, base_dir=home, cache=cache_dir())
+    return folder, read_task(folder), read_samples(folder, "train")
+
+
+def _shown(sample: Sample, collator: Any, processor: Any, native: Sample | None, gold: Score) -> Shown:
+    batch = collator.collate([sample])
+    tokens = list(zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True))
+    from .collator import IGNORED
+
+    image_token = getattr(processor, "image_token_id", None)
+    spans, runs = [], []
+    for loss, group in groupby(tokens, key=lambda token: token[1] != IGNORED):
+        ids, text = [token for token, _ in group], ""
+        for is_image, run in groupby(ids, key=lambda token: token == image_token):
+            part = list(run)
+            runs += [len(part)] if is_image else []
+            text += processor.tokenizer.decode(part[:1] if is_image else part) + (f"×{len(part)}" if is_image else "")
+        spans.append(Span(text, len(ids), loss))
+    counts = runs if len(runs) == len(sample["images"]) else [None] * len(sample["images"])
+    images = [(path, open_image(path).size, count) for path, count in zip(sample["images"], counts, strict=True)]
+    return Shown(sample, spans, images, native, gold)
+
+
+def _text(spans: list[Span], colour: bool) -> Text:
+    """The spans as one text, those with loss set off."""
+    return Text.assemble(
+        *(
+            (span.text, "bold green") if colour and span.loss else f"[[{span.text}]]" if span.loss else span.text
+            for span in spans
+        )
+    )

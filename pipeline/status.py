@@ -1,0 +1,59 @@
+"""What is done, running and left of a run, derived from the markers and locks of its steps."""
+
+from pathlib import Path
+from typing import Literal, TypedDict
+
+from mcit.data_prep.files import write_json
+
+from .locks import Owner, holder
+from .recipe import load_recipe
+from .steps import Launch, Run
+
+State = Literal["done", "running", "left"]
+
+
+class StepStatus(TypedDict):
+    """One step; `seconds` when it is done, `owner` while it runs."""
+
+    name: str
+    title: str
+    state: State
+    seconds: float | None
+    owner: Owner | None
+
+
+class Status(TypedDict):
+    """`RUN/status.json` and what `mcit status --json` prints."""
+
+    name: str
+    state: State  # of the whole: done when all steps are, running when one is
+    seconds: float  # of the steps that are done
+    steps: list[StepStatus]
+
+
+def run_status(run: Run) -> Status:
+    """The state of every step of a run as its files tell it now."""
+    steps: list[StepStatus] = []
+    for step in run.steps():
+        owner = holder(run.lock(step))
+        marker = None if owner else step.done()
+        state: State = "running" if owner else "done" if marker else "left"
+        seconds = marker["seconds"] if marker else None
+        steps.append({"name": step.name, "title": step.title, "state": state, "seconds": seconds, "owner": owner})
+    states = {step["state"] for step in steps}
+    return {
+        "name": run.recipe.name,
+        "state": "running" if "running" in states else "left" if "left" in states else "done",
+        "seconds": round(sum(step["seconds"] or 0.0 for step in steps), 3),
+        "steps": steps,
+    }
+
+
+def write_status(run: Run) -> None:
+    """Write `RUN/status.json`."""
+    write_json(run.dir / "status.json", run_status(run))
+
+
+def read_run(run_dir: Path) -> Run:
+    """A run by its directory, without importing its methods. Raises `InputError`."""
+    return Run(load_recipe(run_dir, check_methods=False), run_dir, Launch.named("single"))

@@ -1,0 +1,384 @@
+"""The steps of a run: what each depends on, whether it is done, and how it is done.
+
+A step is done when its marker, written last, holds the fingerprint of what it depends on now. A stage depends on its
+resolved recipe, the data it trains on, and the policy and method state it enters with; hardware is no part of it.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcit.data_prep.checks import fit_task
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import hash_files, hash_json, read_json, write_json
+from mcit.data_prep.prepare import prepare_task, read_task
+from mcit.data_prep.schema import PreparedTask, TaskConfig
+from mcit.eval.evaluate import load_cell
+from mcit.eval.hashing import cache_dir, hash_model
+from mcit.eval.results import assemble_results, write_results
+from mcit.eval.serving import Serving, read_serving, write_serving
+
+from .child import run_child
+from .layers import RECIPES, nearest
+from .locks import locked
+from .recipe import Recipe, Stage, dump_recipe
+
+Facts = dict[str, Any]
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How training is started; no part of any fingerprint."""
+
+    config: Path  # of `accelerate launch`
+    gpus: int | None = None  # number of processes; None: as the file says
+
+    @classmethod
+    def named(cls, name: str, gpus: int | None = None) -> "Launch":
+        """`single`, `ddp`, `zero2`, … (recipes/accelerate/), or the path of an accelerate configuration."""
+        known = {file.stem: file for file in (RECIPES / "accelerate").glob("*.yaml")}
+        path = known.get(name, Path(name))
+        if not path.is_file():
+            raise InputError("no such launch configuration", where=f"--launch {name}", remedy=nearest(name, known))
+        return cls(path, gpus)
+
+    def command(self, script: Path) -> list[str]:
+        """The start of the command line that runs `script`."""
+        processes = [] if self.gpus is None else ["--num_processes", str(self.gpus)]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config)]
+        return [*launcher, *processes, str(script)]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run."""
+
+    name: str  # e.g. train/2
+    title: str  # for people
+    marker: Path
+    there: Callable[[], bool]  # whether what the step makes exists
+    inputs: Callable[[], Facts | None]  # what it depends on; None as long as a step before it is not done
+    work: Callable[[Show, int], Facts]  # gets (show a line of progress, the lock's descriptor), returns marker facts
+    again: bool = False  # the work itself sees whether anything changed: it is always done, and kept if facts agree
+
+    @property
+    def file_name(self) -> str:
+        """The name as part of a file name."""
+        return self.name.replace("/", "-")
+
+    def done(self) -> Facts | None:
+        """The marker, if it belongs to the inputs as they are now."""
+        marker, inputs = self._marker(), self.inputs()
+        current = marker is not None and inputs is not None and marker["fingerprint"] == hash_json(inputs)
+        return marker if current and self.there() else None
+
+    def changed(self) -> list[str]:
+        """The dotted keys in which the inputs differ from those that the step was done with before."""
+        marker, inputs = self._marker(), self.inputs()
+        if marker is None or inputs is None:
+            return []
+        before, now = dict(_flatten(marker["inputs"])), dict(_flatten(inputs))
+        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+    def _marker(self) -> Facts | None:
+        return read_json(self.marker) if self.marker.exists() else None
+
+
+class Run:
+    """A recipe, its run directory, and the steps that lead from one to the other."""
+
+    def __init__(self, recipe: Recipe, directory: Path, launch: Launch):
+        self.recipe, self.dir, self.launch = recipe, directory, launch
+
+    def steps(self) -> list[Step]:
+        """All steps in order."""
+        return [*self.preparation(), *self.training(), self.evaluate(), self.results(), self.report()]
+
+    def preparation(self) -> list[Step]:
+        """What comes before any training."""
+        return [*map(self.prepare, self.recipe.tasks), self.base(), self.check()]
+
+    def training(self) -> list[Step]:
+        """The stages 1…K."""
+        return [self.train(stage) for stage in self.recipe.stages]
+
+    def perform(self, step: Step, show: Show) -> tuple[Facts, bool]:
+        """Do a step under its lock unless it is done; returns its marker and whether there was anything to do."""
+        if not step.again and (marker := step.done()):
+            return marker, False
+        with locked(self.lock(step), f"{step.title} of {self.dir}") as lock:
+            before = step.done()
+            if before and not step.again:  # another process did it meanwhile
+                return before, False
+            inputs = step.inputs()
+            if inputs is None:
+                raise InputError(f"{step.title}: a step before it is not done", where=self.dir, remedy="Use `mcit run`")
+            start = time.monotonic()
+            facts = step.work(show, lock)
+            if before and facts.items() <= before.items():
+                return before, False
+            seconds = round(time.monotonic() - start, 3)
+            marker = {"fingerprint": hash_json(inputs), "seconds": seconds, **facts, "inputs": inputs}
+            write_json(step.marker, marker)
+            return marker, True
+
+    def lock(self, step: Step) -> Path:
+        """The lock of a step."""
+        return self.dir / "steps" / f"{step.file_name}.lock"
+
+    def stage_dir(self, k: int) -> Path:
+        """The folder of stage `k`; 0 is the base."""
+        return self.dir / "stages" / (self.recipe.stages[k - 1].folder if k else "00-base")
+
+    def prepare(self, task: TaskConfig) -> Step:
+        """The samples of a task, in the cache."""
+        recipe, marker = self.recipe, self._marker(f"prepare-{task.name}")
+
+        def there() -> bool:
+            return (Path(read_json(marker)["folder"]) / "task.json").is_file()
+
+        def inputs() -> Facts:
+            return {
+                "task": task.model_dump(exclude={"overrides"}),
+                "prepare": recipe.prepare.model_dump(),
+                "asd": recipe.asd.model_dump() | {"seed": recipe.seed} if recipe.asd else None,
+            }
+
+        def work(show: Show, lock: int) -> Facts:
+            home, cache = Path(recipe.folder), cache_dir()
+            folder = prepare_task(task, recipe.prepare, seed=recipe.seed, asd=recipe.asd, base_dir=home, cache=cache)
+            return {"folder": str(folder)}
+
+        return Step(f"prepare/{task.name}", f"prepare {task.name}", marker, there, inputs, work, again=True)
+
+    def base(self) -> Step:
+        """Row 0: how the untouched base model is served, and its hash."""
+        model, folder = self.recipe.base_model, self.stage_dir(0)
+
+        def inputs() -> Facts:
+            # A Hub id comes with the commit that the run began with, so only a folder can change below us.
+            return model.model_dump() | ({"hash": hash_model(model.path)} if Path(model.path).is_dir() else {})
+
+        def work(show: Show, lock: int) -> Facts:
+            digest = hash_model(model.path, model.revision)
+            settings = model.model_dump(exclude={"path"})
+            row0 = Serving(
+                stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
+            )
+            write_serving(folder, row0)
+            return {"policy": digest, "state": None}
+
+        return Step("base", "base model", folder / "done.json", (folder / "serving.json").exists, inputs, work)
+
+    def check(self) -> Step:
+        """What would make training or scoring fail later is found here; then RUN/data/<task> is linked."""
+        recipe, prepared, base = self.recipe, [self.prepare(task) for task in self.recipe.tasks], self.base()
+
+        def there() -> bool:
+            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.tasks)
+
+        def inputs() -> Facts | None:
+            markers = [step.done() for step in (base, *prepared)]
+            if None in markers:
+                return None
+            return {
+                "policy": markers[0]["policy"],
+                "processor": recipe.base_model.processor,
+                "folders": [marker["folder"] for marker in markers[1:]],
+                "on_bad": recipe.prepare.on_bad,
+                "train": [stage.train.model_dump() for stage in recipe.stages],
+            }
+
+        def work(show: Show, lock: int) -> Facts:
+            from transformers import AutoConfig  # here: takes seconds, and only a check that is not done needs it
+
+            from mcit.eval.engines.base import load_processor
+
+            from .stage import check_stage
+
+            for stage in recipe.stages:
+                check_stage(stage)
+            row0 = read_serving(self.stage_dir(0))
+            config = AutoConfig.from_pretrained(
+                row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
+            )
+            context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
+            longest = {}
+            for task, step in zip(recipe.tasks, prepared, strict=True):
+                show(f"tokens of {task.name}")
+                limits = [stage.train.max_length or context for stage in recipe.stages if task.name in stage.tasks]
+                native, limit = Path(read_json(step.marker)["folder"]), min(context, *limits)
+                folder, fit = fit_task(native, processor, limit, on_bad=recipe.prepare.on_bad, cache=cache_dir())
+                _link(self.dir / "data" / task.name, folder)
+                longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
+            return {"policy": row0.hash, "state": None, "longest": longest}
+
+        return Step("check", "check samples", self._marker("check"), there, inputs, work)
+
+    def train(self, stage: Stage) -> Step:
+        """One tuning step, in a process (or several) of its own."""
+        recipe, folder = self.recipe, self.stage_dir(stage.k)
+        before = self.train(recipe.stages[stage.k - 2]) if stage.k > 1 else self.check()
+
+        def inputs() -> Facts | None:
+            entering = before.done()
+            if entering is None:
+                return None
+            row0, tasks = read_serving(self.stage_dir(0)), {name: self.task(name) for name in stage.tasks}
+            other = "rft" if stage.train.paradigm == "sft" else "sft"
+            return {
+                "stage": stage.k,
+                "train": stage.train.model_dump(exclude={other}),
+                "method": recipe.method,
+                "seed": recipe.seed,
+                "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
+                "data": {name: task["hash"] for name, task in tasks.items()},
+                "rewards": {name: [task["scorer"], task["reward"]] for name, task in tasks.items() if other == "sft"},
+                "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
+                "state": entering["state"],
+            }
+
+        def work(show: Show, lock: int) -> Facts:
+            for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
+                if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
+                    shutil.rmtree(stale)  # half-made, or of another stream
+            script = Path(__file__).parent / f"{stage.train.paradigm}.py"
+            options = ["--recipe", self.dir / "recipe.yaml", "--stage", stage.k, "--run-dir", self.dir]
+            self._child(step, [*self.launch.command(script), *map(str, options)], show, lock)
+            state = [path for path in (folder / "method").rglob("*") if path.is_file()]
+            return {
+                "policy": read_serving(folder).hash,
+                "state": hash_files(state, folder) if state else None,
+                "trained": read_json(folder / "trained.json"),
+            }
+
+        title, there = f"train stage {stage.k}/{len(recipe.stages)} {stage.name}", (folder / "serving.json").exists
+        step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work)
+        return step
+
+    def evaluate(self, partly: bool = False) -> Step:
+        """All cells that are needed (`partly`: of the stages that are done), in one process."""
+        config, training = self.recipe.eval, self.training()
+
+        def cells() -> list[tuple[int, str]] | None:
+            done = [k for k, step in enumerate([self.check(), *training]) if step.done()]
+            wanted = needed_cells(self.recipe)
+            return [cell for cell in wanted if cell[0] in done] if partly or len(done) > len(training) else None
+
+        def left(wanted: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+            return [cell for cell in wanted if not load_cell(self.dir, *cell, config).is_done()]
+
+        def inputs() -> Facts | None:
+            wanted = cells()
+            if not wanted:
+                return None
+            return {
+                "cells": [list(cell) for cell in wanted],
+                "config": config.model_dump(),
+                "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
+                "data": {task: self.task(task)["test_hash"] for _, task in wanted},
+            }
+
+        def work(show: Show, lock: int) -> Facts:
+            wanted = cells() or []
+            if todo := left(wanted):
+                file = self.dir / "steps" / "cells.json"
+                write_json(file, {"cells": todo, "config": config.model_dump()})
+                command = [sys.executable, "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
+                self._child(step, command, show, lock)
+            engines = {str(read_json(load_cell(self.dir, *cell, config).marker)["engine"]) for cell in wanted}
+            return {"answered": len(todo), "engines": sorted(engines)}
+
+        step = Step("evaluate", "evaluate", self._marker("evaluate"), lambda: not left(cells() or []), inputs, work)
+        return step
+
+    def results(self) -> Step:
+        """RUN/results.json, gathered from the markers."""
+        recipe, path = self.recipe, self.dir / "results.json"
+
+        def inputs() -> Facts | None:
+            return {"recipe": dump_recipe(recipe)} if self.check().done() else None
+
+        def work(show: Show, lock: int) -> Facts:
+            results = assemble_results(
+                self.dir,
+                name=recipe.name,
+                seed=recipe.seed,
+                method=recipe.method,
+                stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
+                learned=recipe.learned,
+                recipe_hash=hash_json(dump_recipe(recipe)),
+            )
+            if not path.exists() or read_json(path) != results:
+                write_results(self.dir, results)
+            return {"hash": hash_json(results)}
+
+        return Step("results", "results", self._marker("results"), path.exists, inputs, work, again=True)
+
+    def report(self) -> Step:
+        """The page RUN/report/index.html."""
+
+        def inputs() -> Facts | None:
+            results = self.results().done()
+            return {"results": results["hash"]} if results else None
+
+        def work(show: Show, lock: int) -> Facts:
+            from mcit.eval.report import write_report  # here: needs matplotlib
+
+            write_report([self.dir])
+            return {}
+
+        page = self.dir / "report" / "index.html"
+        return Step("report", "report", self._marker("report"), page.exists, inputs, work)
+
+    def task(self, name: str) -> PreparedTask:
+        """What is known of a prepared task."""
+        return read_task(self.dir / "data" / name)
+
+    def _marker(self, name: str) -> Path:
+        return self.dir / "steps" / f"{name}.json"
+
+    def _child(self, step: Step, command: list[str], show: Show, lock: int) -> None:
+        """Run a child process of a step, with its log in RUN/logs/."""
+        paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), self.recipe.folder, os.getcwd()]
+        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}
+        run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)
+
+
+def needed_cells(recipe: Recipe) -> list[tuple[int, str]]:
+    """The cells (stage, task) that `eval.cells` asks for; stage 0 is the base.
+
+    `full`: all. `seen`: what has been learned by each stage. `last`: the last row. `metrics`: row 0, what has been
+    learned, and each task just before the stage that learns it, which is all that the metrics read.
+    """
+    stages, which = len(recipe.stages), recipe.eval.cells
+
+    def needed(k: int, learned: int) -> bool:
+        seen = 0 < learned <= k
+        return {"full": True, "seen": seen, "last": k == stages, "metrics": k == 0 or seen or k == learned - 1}[which]
+
+    return [(k, task) for k in range(stages + 1) for task, learned in recipe.learned.items() if needed(k, learned)]
+
+
+def _link(path: Path, target: Path) -> None:
+    """Make `path` a link to `target`, in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)
+
+
+def _flatten(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested mappings by dotted key."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{at}.{key}" if at else str(key))
+    else:
+        yield at, value

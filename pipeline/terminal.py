@@ -1,0 +1,98 @@
+"""What a run says while it works: one line a step, and where a long step is."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+SILENCE = 30.0  # seconds between progress lines where nothing can be overwritten
+
+
+class Terminal:
+    """Prints to a terminal with colour and a live line, elsewhere in plain lines."""
+
+    def __init__(self, console: Console | None = None):
+        self.console = console or Console(highlight=False, soft_wrap=True)
+
+    def say(self, text: str, style: str = "") -> None:
+        """One line."""
+        self.console.print(Text(text, style))
+
+    @contextlib.contextmanager
+    def working(self, title: str) -> Iterator[Callable[[str], None]]:
+        """Show that `title` is at work; yields a function that shows the latest line of its progress."""
+        if self.console.is_terminal:
+            with self.console.status(Text(title)) as status:
+                width = max(20, self.console.width - len(title) - 8)
+                yield lambda line: status.update(Text.assemble(title, "  ", (line[:width], "dim")))
+            return
+        last = time.monotonic()
+
+        def show(line: str) -> None:
+            nonlocal last
+            if time.monotonic() - last > SILENCE:
+                last = time.monotonic()
+                self.say(f"  … {title}: {line[:160]}")
+
+        yield show
+
+    def finished(self, title: str, seconds: float | None, *details: str) -> None:
+        """A step's line: done in `seconds`, or (None) kept from before; a short detail goes on it, more lines below."""
+        inline = details[0] if details else ""
+        self.console.print(
+            Text.assemble(
+                ("✓ ", "green") if seconds is not None else ("= ", "dim"),
+                title,
+                (f"  {seconds:.1f} s" if seconds is not None else "  nothing to do", "dim"),
+                (f"  {inline}", "dim"),
+            )
+        )
+        for line in details[1:]:
+            self.say(f"    {line}", "dim")
+
+    def results(self, results: Mapping[str, Any], old: Mapping[str, float] | None) -> None:
+        """The matrix (rows stages, columns tasks, [] where a task was learned), metrics and verdicts on old tasks."""
+        table = self._table(f"{results['name']}: score after each stage")
+        table.add_column("after stage")
+        for task in results["tasks"]:
+            table.add_column(task["name"], justify="right")
+        for stage, row in zip(results["stages"], results["matrix"], strict=True):
+            cells = [
+                _cell(score, results["learned"][task["name"]] == stage["k"])
+                for task, score in zip(results["tasks"], row, strict=True)
+            ]
+            table.add_row(f"{stage['k']} {stage['name']}", *cells)
+        self.console.print(table)
+        metrics = results["metrics"]
+        known = [f"{name} {metrics[name]:.1f}" for name in ("MFT", "MFN", "BWT") if metrics.get(name) is not None]
+        if known:
+            self.say("   ".join(known))
+        if old:
+            shares = ", ".join(f"{100 * share:.0f} % {verdict}" for verdict, share in old.items())
+            self.say(f"old tasks after the last stage: {shares}")
+
+    def compare(self, names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
+        """Several runs side by side: a row a metric, a column a run."""
+        table = self._table("side by side")
+        table.add_column("metric")
+        for name in names:
+            table.add_column(name, justify="right")
+        for metric in dict.fromkeys(metric for result in results for metric in result["metrics"]):
+            values = [result["metrics"].get(metric) for result in results]
+            if any(value is not None for value in values):
+                table.add_row(metric, *(_cell(value) for value in values))
+        self.console.print(table)
+
+    def _table(self, title: str) -> Table:
+        return Table(title=title, title_justify="left", box=box.SIMPLE if self.console.is_terminal else box.ASCII2)
+
+
+def _cell(score: float | None, learned: bool = False) -> Text:
+    if score is None:
+        return Text("–", "dim")
+    return Text(f"[{score:.1f}]", "bold green") if learned else Text(f"{score:.1f}")

@@ -1,0 +1,76 @@
+"""What TRL's trainers are given beyond their own: methods' loss terms, and batches that do not depend on devices."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .methods import Method, StepView
+
+
+class MethodLoss:
+    """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss`."""
+
+    methods: Sequence[Method] = ()
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+        if not (self.methods and self.model.training):  # type: ignore[attr-defined]
+            return loss
+        micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        view = StepView(
+            model=self.accelerator.unwrap_model(self.model),  # type: ignore[attr-defined]
+            inputs=inputs,
+            step=self.state.global_step,  # type: ignore[attr-defined]
+            micro_batches=micro_batches,
+            last=self.accelerator.sync_gradients,  # type: ignore[attr-defined]
+        )
+        # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
+        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
+        divided = not accepts and self.compute_loss_func is None  # type: ignore[attr-defined]
+        for method in self.methods:
+            term = method.loss(view)
+            if term is not None:
+                self._terms[method.name].append(term.detach())
+                loss = loss + term * (micro_batches if divided else 1)
+        return loss
+
+    @property
+    def _terms(self) -> dict[str, list[Tensor]]:
+        return self.__dict__.setdefault("_method_terms", defaultdict(list))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log each term, per optimizer step, beside the trainer's own figures."""
+        steps = self.state.global_step - self.__dict__.get("_logged_step", 0)  # type: ignore[attr-defined]
+        for name, terms in self._terms.items():
+            logs[f"{name}_loss"] = torch.stack(terms).sum().item() / max(steps, 1)
+        self._terms.clear()
+        self.__dict__["_logged_step"] = self.state.global_step  # type: ignore[attr-defined]
+        super().log(logs, start_time)  # type: ignore[misc]
+
+
+class GlobalBatchSampler(Sampler[int]):
+    """A seeded permutation an epoch, filled up from its own start to whole global batches.
+
+    A last, smaller batch would be padded and weighted differently by each number of devices and accumulation steps.
+    """
+
+    def __init__(self, size: int, global_batch_size: int, seed: int):
+        self.size, self.seed, self.epoch = size, seed, 0
+        self.total = -(-size // global_batch_size) * global_batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.total
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(self.size, generator=generator).tolist()
+        for place in range(self.total):
+            yield order[place % self.size]

@@ -1,0 +1,253 @@
+"""Cells of the matrix: complete or absent, continued where they stopped, never asked twice."""
+
+import json
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import TINY, base_policy, lora_policy, make_task, merged_policy
+
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_json, read_jsonl, write_json
+from mcit.eval import engines, evaluate, hashing
+from mcit.eval.config import EvalConfig
+from mcit.eval.engines import Request, Response
+from mcit.eval.engines.transformers import TransformersEngine
+from mcit.eval.evaluate import evaluate_cells, load_cell
+
+SLOW = EvalConfig(engine="transformers", max_new_tokens=4, probes=2)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run with a base, one adapter and one task with images, not evaluated."""
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "run"
+    base_policy(folder / "stages")
+    lora_policy(folder / "stages", 1, "seen", 4)
+    make_task(folder, "seen", 1, 6)
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The questions that reach the transformers engine, as "stage question"."""
+    questions: list[str] = []
+    stream = TransformersEngine.stream
+
+    def spy(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        questions.extend(f"{r.policy.serving.stage} {r.prompt[0]['content'].split(chr(10))[0]}" for r in requests)
+        return stream(self, requests, max_new_tokens)
+
+    monkeypatch.setattr(TransformersEngine, "stream", spy)
+    return questions
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("an engine was started")
+
+    monkeypatch.setattr(engines, "make_engine", fail)
+    return monkeypatch
+
+
+def predictions(run: Path, stage: int, task: str = "seen") -> list[Any]:
+    return read_jsonl(run / "predictions" / f"{stage:02d}" / f"{task}.jsonl")
+
+
+def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base, two adapters of different ranks, one that is zero, and a merged model; one task with two images, one
+    without."""
+    pytest.importorskip("vllm")
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    stages = run / "stages"
+    base_policy(stages)
+    lora_policy(stages, 1, "a", 4)
+    eight = lora_policy(stages, 2, "b", 8)
+    lora_policy(stages, 3, "nothing", 4, zero=True)
+    merged_policy(stages, 4, "whole", eight)
+    samples = {"pairs": make_task(run, "pairs", 2, 7), "text": make_task(run, "text", 0, 5)}
+    cells = [(k, task) for k in range(5) for task in samples]
+    config = EvalConfig(engine="vllm", max_new_tokens=8, probes=3)
+    evaluate_cells(run, cells, config)
+
+    answers = {cell: [row["response"] for row in predictions(run, *cell)] for cell in cells}
+    assert answers[3, "pairs"] == answers[0, "pairs"] and answers[3, "text"] == answers[0, "text"]
+    assert answers[4, "pairs"] == answers[2, "pairs"] and answers[4, "text"] == answers[2, "text"]
+    assert len({tuple(answers[k, "pairs"]) for k in range(3)}) == 3
+    live = {k: read_json(next(stages.glob(f"{k:02d}-*/liveness.json"))) for k in range(5)}
+    assert all(proof["ok"] and proof["engine"] == "vllm" and proof["gap"] < 1e-3 for proof in live.values())
+    assert [live[k]["zero"] for k in range(5)] == [False, False, False, True, False]
+    assert all(live[k]["effect"] > 0.01 for k in (1, 2, 4))
+
+    for (k, task), samples_of in ((cell, samples[cell[1]]) for cell in cells):
+        rows = predictions(run, k, task)
+        marker = read_json(run / "predictions" / f"{k:02d}" / f"{task}.done.json")
+        assert [row["id"] for row in rows] == [sample["id"] for sample in samples_of]
+        assert set(rows[0]) == {
+            "id", "prompt", "response", "parsed", "references", "style", "score", "constrained_score", "format_ok",
+            "content_ok", "verdict", "think", "image_id", "finished", "tokens",
+        }  # fmt: skip
+        assert rows[0]["prompt"].count("<|image_pad|>") == (2 if task == "pairs" else 0)
+        assert rows[0]["image_id"] == ("image-0" if task == "pairs" else None)
+        assert marker["n"] == len(rows) and marker["score"] == sum(row["score"] for row in rows) / len(rows)
+        assert marker["policy_hash"] == load_cell(run, k, task, config).policy.serving.hash
+        assert marker["data_hash"] == read_json(run / "data" / task / "task.json")["test_hash"]
+        assert marker["engine"] == "vllm"
+        assert not (run / "predictions" / f"{k:02d}" / f"{task}.partial.jsonl").exists()
+
+
+def test_nothing_is_asked_twice(run: Path, no_engine: pytest.MonkeyPatch) -> None:
+    cells = [(0, "seen"), (1, "seen")]
+    with pytest.raises(AssertionError, match="an engine was started"):
+        evaluate_cells(run, cells, SLOW)
+    no_engine.undo()
+    no_engine.setenv("MCIT_CACHE", str(run.parent / "cache"))
+    evaluate_cells(run, cells, SLOW)
+    before = {path: path.stat().st_mtime_ns for path in (run / "predictions").rglob("*")}
+    no_engine.setattr(engines, "make_engine", None)
+    evaluate_cells(run, cells, SLOW)
+    assert {path: path.stat().st_mtime_ns for path in (run / "predictions").rglob("*")} == before
+
+    other = run.parent / "other"  # a run with the same base and data
+    base_policy(other / "stages")
+    make_task(other, "seen", 1, 6)
+    evaluate_cells(other, [(0, "seen")], SLOW)
+    assert predictions(other, 0) == predictions(run, 0)
+    marker = read_json(other / "predictions" / "00" / "seen.done.json")
+    assert marker["engine"] == "transformers" and marker["seconds"] == 0
+
+
+def test_what_matters_asks_again_and_what_does_not_does_not(run: Path, asked: list[str]) -> None:
+    evaluate_cells(run, [(0, "seen")], SLOW)
+    assert len(asked) == 6
+    evaluate_cells(run, [(0, "seen")], SLOW.model_copy(update={"batch_size": 2, "probes": 1}))
+    assert len(asked) == 6
+    evaluate_cells(run, [(0, "seen")], SLOW.model_copy(update={"max_new_tokens": 5}))
+    assert len(asked) == 12
+    task = run / "data" / "seen" / "task.json"
+    write_json(task, read_json(task) | {"scorer": "short"})  # scored again, not asked again
+    evaluate_cells(run, [(0, "seen")], SLOW)
+    assert len(asked) == 12
+    write_json(task, read_json(task) | {"test_hash": "other data"})
+    evaluate_cells(run, [(0, "seen")], SLOW)
+    assert len(asked) == 18
+
+
+def test_it_continues_at_the_first_missing_answer(run: Path, asked: list[str]) -> None:
+    cell = load_cell(run, 1, "seen", SLOW)
+    header = {"fingerprint": cell.answers_key, "engine": "transformers"}
+    known = [{"id": f"seen-{i}", "text": f"kept {i}", "finished": True, "tokens": 2, "prompt": "p"} for i in (0, 1, 4)]
+    lines = [json.dumps(row) for row in (header, *known)]
+    cell.predictions.mkdir(parents=True)
+    cell.partial.write_text("\n".join(lines) + "\n" + lines[-1][:20])  # killed in the middle of a line
+    evaluate_cells(run, [(1, "seen")], SLOW)
+    assert sorted(asked) == [f"1 Is there a circle in row {i}?" for i in (2, 3, 5)]
+    responses = [row["response"] for row in predictions(run, 1)]
+    assert [responses[i] for i in (0, 1, 4)] == ["kept 0", "kept 1", "kept 4"]
+    assert not cell.partial.exists()
+
+
+@pytest.mark.parametrize("change", [{"fingerprint": "of another policy"}, {"engine": "vllm"}])
+def test_answers_that_belong_elsewhere_are_not_used(run: Path, asked: list[str], change: dict[str, str]) -> None:
+    cell = load_cell(run, 1, "seen", SLOW)
+    header = {"fingerprint": cell.answers_key, "engine": "transformers"} | change
+    row = {"id": "seen-0", "text": "kept", "finished": True, "tokens": 2, "prompt": "p"}
+    cell.predictions.mkdir(parents=True)
+    cell.partial.write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")
+    evaluate_cells(run, [(1, "seen")], SLOW)
+    assert len(asked) == 6
+
+
+def test_an_interrupted_evaluation_leaves_nothing_that_counts(
+    run: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SLOW.model_copy(update={"batch_size": 1})
+    stream = TransformersEngine.stream
+
+    def interrupted(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        for count, answer in enumerate(stream(self, requests, max_new_tokens)):
+            if count == 4:
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_cells(run, [(1, "seen")], config)
+    assert [path.name for path in (run / "predictions" / "01").iterdir()] == ["seen.partial.jsonl"]
+    kept = read_jsonl(run / "predictions" / "01" / "seen.partial.jsonl")[1:]
+    asked.clear()
+    evaluate_cells(run, [(1, "seen")], config)
+    assert len(kept) == 4 and len(asked) == 2
+    rows = {row["id"]: row["response"] for row in predictions(run, 1)}
+    assert all(rows[row["id"]] == row["text"] for row in kept)
+
+
+def test_a_full_disk_leaves_nothing_that_counts(run: Path) -> None:
+    """A limit on the size of files makes writing fail for real, in the middle of the answers."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            evaluate_cells(run, [(0, "seen")], SLOW.model_copy(update={"batch_size": 1}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = sorted(path.name for path in (run / "predictions" / "00").iterdir() if not path.name.startswith("."))
+    assert left == ["seen.partial.jsonl"]
+    evaluate_cells(run, [(0, "seen")], SLOW)
+    assert len(predictions(run, 0)) == 6
+
+
+def test_an_adapter_of_another_base_is_refused(run: Path) -> None:
+    lora_policy(run / "stages", 2, "foreign", 4, base_hash="f" * 64)
+    with pytest.raises(InputError, match=r"02-foreign/serving\.json: base_hash: was made for another base model"):
+        evaluate_cells(run, [(2, "seen")], SLOW)
+
+
+def test_missing_parts_of_a_run_are_named(run: Path) -> None:
+    with pytest.raises(InputError, match="stage 7: has not been trained yet"):
+        evaluate_cells(run, [(7, "seen")], SLOW)
+    with pytest.raises(InputError, match=r"data/nothing/task\.json: no such file"):
+        evaluate_cells(run, [(0, "nothing")], SLOW)
+
+
+def test_the_command_line(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    cells = run / "cells.json"
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(run), "--cells", str(cells)])
+    write_json(cells, {"cells": [[0, "seen"]], "config": SLOW.model_dump()})
+    evaluate.main()
+    assert "stage 0  seen" in capsys.readouterr().out
+    write_json(cells, {"cells": [[0, "seen"]], "config": {"engin": "auto"}})
+    with pytest.raises(SystemExit) as end:
+        evaluate.main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"error: {cells}: config.engin: Extra inputs are not permitted\n"
+
+
+def test_the_hash_of_a_model_is_that_of_what_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in TINY.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    digest = hashing.hash_model(str(TINY))
+    assert hashing.hash_model(str(copy)) == digest
+    (copy / "README.md").write_text("not loaded")
+    assert hashing.hash_model(str(copy)) == digest
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    changed = hashing.hash_model(str(copy))
+    assert changed != digest
+    (copy / "chat_template.jinja").write_text("another template")
+    assert hashing.hash_model(str(copy)) not in (digest, changed)
+    with pytest.raises(InputError, match="no such model folder"):
+        hashing.hash_model(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        hashing.hash_model(str(tmp_path))

@@ -1,0 +1,206 @@
+"""Each lineage: what is trained, that its adapters on the untouched base are the policy, and what TRL takes for reference."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from training import random_adapter, tiny_model
+from trl.trainer.utils import use_adapter
+
+from mcit.data_prep.errors import InputError
+from mcit.pipeline.adapters import concat, load_adapter, lora_layers, rank, save_adapter
+from mcit.pipeline.lineage import PastLinear, check_reference, enter, fold, leave, set_reference, stack, target_names
+from mcit.pipeline.recipe import ModulesConfig, TrainConfig
+
+IDS = torch.tensor([[10, 20, 30, 40, 50]])
+Q, UP = "model.language_model.layers.1.self_attn.q_proj", "model.language_model.layers.4.mlp.up_proj"
+
+
+def config(lineage: str, **settings: object) -> TrainConfig:
+    lora = {"r": 4, "alpha": 8.0, "dropout": 0.0}
+    return TrainConfig.model_validate({"lineage": lineage, "lora": lora, **settings})
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS).logits
+
+
+def train(model: PeftModel, seed: int) -> None:
+    """Stands for training: move every factor of the adapter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, a, b, _ in lora_layers(model):
+            a.add_(0.1 * torch.randn(a.shape, generator=generator))
+            b.add_(0.1 * torch.randn(b.shape, generator=generator))
+
+
+def stages(lineage: str, folder: Path, n: int = 2, **settings: object) -> list[torch.Tensor]:
+    """Run `n` stages, saving `<k>/adapter` and `<k>/delta`; the training-time logits at the end of each."""
+    outputs, previous = [], None
+    for k in range(1, n + 1):
+        model = enter(tiny_model(), previous, config(lineage, **settings))
+        train(model, seed=k)
+        outputs.append(logits(model))
+        policy, delta = leave(model, previous, config(lineage, **settings))
+        previous = folder / str(k) / "adapter"
+        save_adapter(previous, policy, "base")
+        save_adapter(folder / str(k) / "delta", delta, "base")
+    return outputs
+
+
+@pytest.mark.parametrize("lineage", ["stack", "fold", "continue", "independent"])
+def test_adapter_on_the_untouched_base_is_the_policy(tmp_path, lineage: str) -> None:
+    """Three stages; `adapter/` gives the training-time logits, and the deltas add up to it."""
+    for k, trained in enumerate(stages(lineage, tmp_path, 3), 1):
+        served = PeftModel.from_pretrained(tiny_model(), tmp_path / str(k) / "adapter")
+        torch.testing.assert_close(logits(served), trained, rtol=0, atol=1e-4)
+        parts = [load_adapter(tmp_path / str(i) / "delta") for i in range(k if lineage == "independent" else 1, k + 1)]
+        total, policy = concat(parts), load_adapter(tmp_path / str(k) / "adapter")
+        for name, factors in policy.items():
+            torch.testing.assert_close(total[name].delta(), factors.delta(), rtol=0, atol=1e-5)
+    assert rank(policy) == {"stack": 12, "fold": 12, "continue": 4, "independent": 4}[lineage]
+
+
+def test_stack_leaves_base_and_optimizer_alone(tmp_path) -> None:
+    stages("stack", tmp_path, 1)
+    untouched = {name: tensor.clone() for name, tensor in tiny_model().state_dict().items()}
+    model = tiny_model()
+    peft = enter(model, tmp_path / "1" / "adapter", config("stack"))
+    assert sum(isinstance(module, PastLinear) for module in model.modules()) == 35  # 5 layers × 7
+    trained = {name for name, parameter in peft.named_parameters() if parameter.requires_grad}
+    assert trained and all(re.search(r"language_model.*\.lora_[AB]\.default\.weight$", name) for name in trained)
+
+    optimizer = torch.optim.AdamW([p for p in peft.parameters() if p.requires_grad], lr=0.1, weight_decay=0.5)
+    for _ in range(2):
+        peft(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    state = {
+        re.sub(r"^base_model\.model\.|\.base_layer", "", name): tensor
+        for name, tensor in peft.state_dict().items()
+        if "lora_" not in name
+    }
+    assert state.keys() == untouched.keys()  # the past is no part of it either
+    assert all(torch.equal(state[name], tensor) for name, tensor in untouched.items())
+    past = load_adapter(tmp_path / "1" / "adapter")
+    wrapped = peft.get_base_model().get_submodule(Q).base_layer
+    assert torch.equal(wrapped.past_a, past[Q].a) and torch.equal(wrapped.past_b, past[Q].b)
+
+
+def test_stack_draws_no_random_number() -> None:
+    model, adapter = tiny_model(), random_adapter(tiny_model(), [Q, UP], 2, seed=0)
+    state = torch.get_rng_state()
+    stack(model, adapter)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stacked_linear_by_hand() -> None:
+    linear = nn.Linear(2, 2)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        linear.bias.copy_(torch.tensor([10.0, 20.0]))
+    past = PastLinear(linear, torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [3.0]]))
+    # x = [1, 2]: W x + bias = [11, 22], past_a x = 3, past_b 3 = [6, 9]
+    assert past(torch.tensor([1.0, 2.0])).tolist() == [17.0, 31.0]
+    assert past.weight is linear.weight and past.bias is linear.bias
+    assert set(past.state_dict()) == {"weight", "bias"}
+
+
+def test_fold_adds_in_float32_and_rounds_once() -> None:
+    """Increments too small for bfloat16 one by one are kept when they come together."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False)).to(torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    small = concat([{"0": random_adapter(model, ["0"], 1, seed=0)["0"]._replace(a=torch.ones(1, 1), b=b)} for b in
+                    [torch.full((1, 1), 2.0**-9)] * 8])  # fmt: skip
+    fold(model, small)
+    assert model[0].weight.item() == 1 + 2.0**-6  # one by one, each 1 + 2^-9 would have rounded back to 1
+
+
+def test_stages_start_from_different_factors(tmp_path) -> None:
+    torch.manual_seed(1)
+    first = {name: a.clone() for name, a, _, _ in lora_layers(enter(tiny_model(), None, config("stack")))}
+    torch.manual_seed(2)
+    second = {name: a for name, a, _, _ in lora_layers(enter(tiny_model(), None, config("stack")))}
+    assert not torch.equal(first[Q], second[Q])
+
+
+@pytest.mark.parametrize("lineage", ["stack", "fold", "continue", "independent"])
+@pytest.mark.parametrize("reference", ["previous", "base"])
+def test_reference_policy(tmp_path, lineage: str, reference: str) -> None:
+    """What TRL's reference pass computes after training, against the entering policy and the base."""
+    previous_logits = stages(lineage, tmp_path, 1)[0]
+    base_logits = logits(tiny_model())
+    settings = config(lineage, reference=reference, paradigm="rft", rft={"args": {"beta": 0.1}})
+    previous = tmp_path / "1" / "adapter"
+    model = enter(tiny_model(), previous, settings)
+    entering = logits(model)
+    model.add_adapter("ref", model.peft_config["default"])  # what GRPOTrainer does with a PeftModel and beta > 0
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    set_reference(model, previous, settings)
+    train(model, seed=7)
+    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
+        seen = logits(model)
+    assert not torch.allclose(logits(model), entering, atol=1e-3)  # the policy moved on and is active again
+    if lineage == "independent":
+        torch.testing.assert_close(entering, base_logits)
+    else:
+        torch.testing.assert_close(entering, previous_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen, entering if reference == "previous" else base_logits, rtol=0, atol=1e-4)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trainable and all(".default." in name for name in trainable)
+
+
+@pytest.mark.parametrize(
+    ("reference", "beta", "fine"),
+    [("previous", 0.04, True), ("base", 0.04, True), ("none", None, True), ("none", 0, True), ("none", 0.04, False),
+     ("previous", 0, False), ("previous", None, False)],
+)  # fmt: skip
+def test_reference_and_beta_must_agree(reference: str, beta: float | None, fine: bool) -> None:
+    args = {} if beta is None else {"beta": beta}
+    settings = config("stack", paradigm="rft", reference=reference, rft={"args": args})
+    if fine:
+        check_reference(settings)
+    else:
+        with pytest.raises(InputError, match=r"train.rft.args.beta: train.reference is"):
+            check_reference(settings)
+    check_reference(config("stack", reference=reference))  # supervised tuning has no KL
+
+
+def test_target_names_come_from_the_model() -> None:
+    model = tiny_model()
+    language = target_names(model, ModulesConfig())
+    assert len(language) == 35 and all(name.startswith("model.language_model.layers.") for name in language)
+    merger = target_names(model, ModulesConfig(projector="lora"))
+    assert set(merger) - set(language) == {"model.visual.merger.mlp.0", "model.visual.merger.mlp.2"}
+    tower = set(target_names(model, ModulesConfig(vision="lora"))) - set(language)
+    assert "model.visual.blocks.0.attn.qkv" in tower and not any("merger" in name for name in tower)
+    assert not any("lm_head" in name or "patch_embed" in name for name in (*language, *merger, *tower))
+
+
+def test_continue_refuses_another_shape(tmp_path) -> None:
+    stages("continue", tmp_path, 1)
+    with pytest.raises(InputError, match=r"train.lora.r: .* has rank 4. Set it to 4"):
+        enter(tiny_model(), tmp_path / "1" / "adapter", config("continue", lora={"r": 2, "alpha": 8.0, "dropout": 0.0}))
+    with pytest.raises(InputError, match=r"train.modules: .* covers other layers: model.visual.merger.mlp.0"):
+        enter(tiny_model(), tmp_path / "1" / "adapter", config("continue", modules={"projector": "lora"}))
+
+
+def test_continue_keeps_the_policy_when_alpha_changes(tmp_path) -> None:
+    trained = stages("continue", tmp_path, 1)[0]
+    model = enter(
+        tiny_model(), tmp_path / "1" / "adapter", config("continue", lora={"r": 4, "alpha": 2.0, "dropout": 0.0})
+    )
+    torch.testing.assert_close(logits(model), trained, rtol=0, atol=1e-5)
+
+
+def test_an_adapter_of_another_model_is_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"model.layers.0.q: the entering adapter has a layer that the base model lacks"
+    ):
+        stack(tiny_model(), {"model.layers.0.q": random_adapter(tiny_model(), [Q], 2, seed=0)[Q]})

@@ -1,0 +1,373 @@
+"""Verdicts, cells and prediction files."""
+
+import itertools
+import json
+import math
+import random
+import statistics
+import time
+
+import pytest
+
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.schema import Style
+from mcit.data_prep.styles import STYLES, default_scorer
+from mcit.eval.scorers import SCORERS, get_scorer
+from mcit.eval.scoring import VERDICTS, aggregate, score_file, score_response
+from mcit.eval.stats import clustered_stderr
+
+
+def make_sample(style: Style, *references, reasoning="none", **meta):
+    return {
+        "id": "s1",
+        "task": "t",
+        "images": [],
+        "prompt": [],
+        "completion": [],
+        "references": list(references),
+        "style": style,
+        "reasoning": reasoning,
+        "meta": meta,
+    }
+
+
+def judge(style: Style, reference, response, *, kind=None, finished=True, reasoning="none", **meta):
+    sample = make_sample(style, reference, reasoning=reasoning, **meta)
+    return score_response(sample, response, SCORERS[kind or default_scorer(style)], finished)
+
+
+# --- Verdicts -------------------------------------------------------------------------------------------------------
+
+OPTIONS = ["two", "three", "four"]
+BOX = "[0.10, 0.20, 0.30, 0.40]"
+CASES = [
+    # style, reference, response, verdict
+    ("mcq", "B", "B", "correct"),
+    ("mcq", "B", "(b).", "correct"),
+    ("mcq", "B", "C", "wrong_content"),
+    ("mcq", "B", "three", "wrong_format"),
+    ("mcq", "B", "The answer is B.", "wrong_format"),
+    ("mcq", "B", "B. three", "wrong_format"),
+    ("mcq", "B", "<answer>B</answer>", "wrong_format"),
+    ("mcq", "A", "<answer>C</answer>", "wrong_both"),  # CTBench finds "a" in "answer c answer"
+    ("mcq", "A", "answer c answer", "wrong_both"),
+    ("mcq", "A", "E", "wrong_both"),  # no such option
+    ("mcq", "A", "", "wrong_both"),
+    ("yes_no", "yes", "Yes.", "correct"),
+    ("yes_no", "yes", "no", "wrong_content"),
+    ("yes_no", "yes", "Yes, there is a dog.", "wrong_format"),
+    ("yes_no", "no", "It is unknown.", "wrong_both"),
+    ("number", "3", "3", "correct"),
+    ("number", "1000", "1,000", "correct"),
+    ("number", "3", "4", "wrong_content"),
+    ("number", "3", "The answer is 3. (see Figure 2)", "wrong_format"),  # CTBench reads 2
+    ("number", "3", "three", "wrong_format"),
+    ("number", "3", "none", "wrong_both"),
+    ("short", "7", "7", "correct"),
+    ("short", "7", "8", "wrong_content"),
+    ("short", "7", "The digit is 7.", "wrong_format"),
+    ("short", "7", "", "wrong_both"),  # ImageNet's scorer in CoIN takes it for right
+    ("short", "Málaga", "Ma\u0301laga.", "correct"),
+    ("bbox", BOX, BOX, "correct"),
+    ("bbox", BOX, "[0.50, 0.60, 0.70, 0.80]", "wrong_content"),
+    ("bbox", BOX, "The box is 0.10, 0.20, 0.30, 0.40", "wrong_format"),
+    ("bbox", "[0.12, 0.33, 0.55, 0.97]", "[0.12, 0.33, 0.55, 0.97]", "correct"),
+    ("bbox", BOX, "top left", "wrong_both"),
+    ("brief", "A dog runs on grass.", "A dog runs on grass.", "correct"),
+    ("brief", "A dog runs on grass.", "No idea at all.", "wrong_content"),
+    ("brief", "A dog runs on grass.", "", "wrong_both"),
+    ("caption", "A dog runs on grass.", "A dog runs on grass.", "correct"),
+]
+
+
+@pytest.mark.parametrize(("style", "reference", "response", "verdict"), CASES)
+def test_verdict(style, reference, response, verdict):
+    result = judge(style, reference, response, options=OPTIONS if style == "mcq" else None)
+    assert result["verdict"] == verdict
+    assert result["score"] == pytest.approx(100 if verdict == "correct" else 0, abs=1e-9)
+
+
+def test_an_answer_that_was_cut_off_has_no_form():
+    assert judge("brief", "A dog runs on grass", "A dog runs on", finished=False)["verdict"] == "wrong_format"
+    assert judge("detailed", "A dog runs on grass", "What a", finished=False)["verdict"] == "wrong_both"
+    assert judge("number", "12", "12", finished=False)["verdict"] == "wrong_format"
+    assert judge("number", "12", "12", finished=False)["score"] == 0
+
+
+THOUGHT = "Two and one make three."
+
+
+@pytest.mark.parametrize(
+    ("response", "verdict", "think"),
+    [
+        (f"<think>{THOUGHT}</think><answer>3</answer>", "correct", THOUGHT),
+        (f"<think>{THOUGHT}</think>\n<answer>4</answer>", "wrong_content", THOUGHT),
+        (f"<think>{THOUGHT}</think> 3", "wrong_format", THOUGHT),
+        ("3", "wrong_format", None),
+        ("<answer>3</answer>", "wrong_format", None),
+        (f"<think>{THOUGHT}</think><answer>The answer is 3.</answer>", "wrong_format", THOUGHT),
+        (f"<think>{THOUGHT} It is 3", "wrong_both", f"{THOUGHT} It is 3"),  # cut off while thinking: 3 is no answer
+        (f"<think>{THOUGHT}</think><answer>3", "wrong_format", THOUGHT),
+        ("<think></think><answer>3</answer>", "wrong_format", None),
+    ],
+)
+def test_reasoning_is_part_of_the_form_and_not_of_the_answer(response, verdict, think):
+    result = judge("number", "3", response, reasoning="think")
+    assert (result["verdict"], result["think"]) == (verdict, think)
+
+
+def test_tags_nobody_asked_for_are_a_wrong_form():
+    result = judge("number", "3", f"<think>{THOUGHT}</think><answer>3</answer>")
+    assert (result["verdict"], result["think"], result["parsed"]) == ("wrong_format", THOUGHT, "3")
+
+
+def test_correct_is_exactly_what_reaches_right_from():
+    rng = random.Random(0)
+    pieces = [
+        "A",
+        "(B)",
+        "yes",
+        "no",
+        "3",
+        "-1,000",
+        "%",
+        "[0, 0, 1, 1]",
+        "0.5",
+        ",",
+        ".",
+        "\n",
+        "\\frac",
+        "{",
+        "$",
+        "a",
+    ]
+    pieces += ["<think>", "</think>", "<answer>", "</answer>", "The answer is", "two dogs", "é", "**"]
+    kinds = [kind for kind in SCORERS if kind != "math"]
+    for _ in range(3000):
+        style, kind = rng.choice(STYLES), rng.choice(kinds)
+        reference, response = (" ".join(rng.choices(pieces, k=rng.randint(1, 5))) for _ in range(2))
+        response = rng.choice([response, reference, f"The answer is {reference}.", f"<answer>{reference}</answer>"])
+        finished, reasoning = rng.random() < 0.8, rng.choice(["none", "think"])
+        result = judge(
+            style, reference, response, kind=kind, finished=finished, reasoning=reasoning, options=["a", "b"]
+        )
+        right = result["score"] >= SCORERS[kind].right_from
+        assert right == (result["verdict"] == "correct")
+        assert not right or result["content_ok"]
+        assert result["verdict"] == VERDICTS[result["format_ok"], result["content_ok"]]
+        assert result["format_ok"] or result["score"] == 0
+        assert 0 <= result["score"] <= 100
+
+
+def test_a_sample_without_references_cannot_be_scored():
+    with pytest.raises(InputError, match="sample s1"):
+        score_response(make_sample("short"), "x", SCORERS["short"])
+
+
+@pytest.mark.parametrize("unit", ["a ", "1", "[", "<think>", "answer is ", "yes no ", "x. ", "$"])
+def test_ten_megabytes_of_one_thing_are_scored_in_time(unit):
+    flood = unit * (10_000_000 // len(unit))
+    for style in ("short", "number", "bbox", "brief"):
+        start = time.perf_counter()
+        assert judge(style, "[1, 2, 3, 4] no", flood)["verdict"] != "correct"
+        assert time.perf_counter() - start < 5
+
+
+def test_the_end_of_a_long_answer_is_read():
+    thinking = "Let me count. " * 20_000
+    assert judge("number", "3", f"<think>{thinking}</think><answer>3</answer>", reasoning="think")["score"] == 100
+    assert judge("number", "3", f"{thinking}The answer is 3.")["verdict"] == "wrong_format"
+
+
+# --- Cells ----------------------------------------------------------------------------------------------------------
+
+
+def test_clustered_stderr_with_one_row_a_cluster_is_the_plain_one():
+    rng = random.Random(1)
+    for n in (2, 3, 50):
+        values = [rng.uniform(0, 100) for _ in range(n)]
+        assert clustered_stderr(values, range(n)) == pytest.approx(statistics.stdev(values) / math.sqrt(n))
+
+
+def test_clustered_stderr_by_hand():
+    # mean 50; residuals of image a: +50 +50, of image b: -50 -50; sqrt(2/1 · (100² + 100²)) / 4
+    assert clustered_stderr([100, 100, 0, 0], "aabb") == pytest.approx(50)
+    assert clustered_stderr([100, 0, 100, 0], "aabb") == 0  # the images do not differ
+    assert clustered_stderr([100, 0], "aa") is None
+    assert clustered_stderr([100], "a") is None
+
+
+def test_clustered_stderr_of_copies_is_that_of_the_originals():
+    values = [0.0, 100, 100, 40, 7]
+    assert clustered_stderr(values * 3, list(range(5)) * 3) == pytest.approx(clustered_stderr(values, range(5)))
+
+
+def row(score, verdict="correct", image=None):
+    return {"id": "1", "score": score, "verdict": verdict, "image_id": image}
+
+
+def test_aggregate():
+    rows = [row(100, image="a"), row(100, image="a"), row(0, "wrong_format", "b"), row(0, "wrong_both", "b")]
+    assert aggregate(rows) == {
+        "n": 4,
+        "score": 50,
+        "stderr": pytest.approx(50),
+        "verdicts": {"correct": 0.5, "wrong_content": 0, "wrong_format": 0.25, "wrong_both": 0.25},
+    }
+
+
+def test_rows_without_an_image_are_clusters_of_their_own():
+    alone = [{"score": 100, "verdict": "correct"}, {"score": 0, "verdict": "wrong_both"}] * 2
+    assert aggregate(alone)["stderr"] == pytest.approx(statistics.stdev([100, 0, 100, 0]) / 2)
+
+
+def test_unanswered_questions_stay_in_the_denominator():
+    """CTBench: one of two answered → accuracy 1.0."""
+    rows = [judge("number", "3", response) for response in ("3", "")]
+    assert aggregate(rows)["score"] == 50
+
+
+def test_nothing_to_aggregate_is_an_error():
+    with pytest.raises(InputError):
+        aggregate([])
+
+
+# --- Prediction files -----------------------------------------------------------------------------------------------
+
+
+def write(tmp_path, *rows):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows), encoding="utf-8")
+    return path
+
+
+def prediction(id_, response, *references, **more):
+    return {"id": id_, "response": response, "references": list(references), **more}
+
+
+def test_score_file_reads_content_where_no_form_was_asked_for(tmp_path):
+    path = write(
+        tmp_path,
+        prediction("1", "The answer is 3. (see Figure 2)", "3"),
+        "",
+        prediction("2", "<think>3?</think><answer>4</answer>", "4"),
+        prediction(3, "", "5"),
+        prediction("4", "5", "7", "6"),
+    )
+    result = score_file("number", path)
+    assert result == {
+        "kind": "number",
+        "score": 50,
+        "n": 4,
+        "stderr": pytest.approx(statistics.stdev([100, 100, 0, 0]) / 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "response", "reference", "expected"),
+    [
+        ("mcq", "<answer>C</answer>", "A", 0),
+        ("mcq", "answer c answer", "A", 0),
+        ("mcq", "The answer is (A).", "A", 100),
+        ("mcq", "three", "B", 100),
+        ("yes_no", "Yes, it is.", "yes", 100),
+        ("short", "The digit is 7.", "7", 100),
+        ("short", "", "cat", 0),
+        ("vqa_soft", "It's a cat.", "cat", 100),
+        ("anls", "Pariz", "Paris", 80),
+        ("relaxed", "42%", "41", 100),
+        ("math", "Therefore $x = \\frac{1}{2}$.", "0.5", 100),
+        ("latex", "The formula is $x^{2}$.", "x^2", 100),
+        ("rouge_l", "a dog", "a dog", 100),
+        ("caption", "a dog", "a dog", 100),
+        ("bbox", "It is at [0.12, 0.33, 0.55, 0.97].", "[0.12, 0.33, 0.55, 0.97]", 100),
+        ("iou", "[0, 0, 1, 0.5]", "[0, 0, 1, 1]", 50),
+    ],
+)
+def test_score_file_of_every_kind(tmp_path, kind, response, reference, expected):
+    path = write(tmp_path, prediction("1", response, reference, options=OPTIONS if kind == "mcq" else None))
+    assert score_file(kind, path)["score"] == pytest.approx(expected)
+    assert score_file(kind, path)["stderr"] is None
+
+
+def test_score_file_is_strict_where_a_form_was_asked_for(tmp_path):
+    path = write(
+        tmp_path,
+        prediction("1", "3", "3", style="number", image_id="a"),
+        prediction("2", "It is 3.", "3", style="number", image_id="a", extra=[1]),
+        prediction("3", "<think>x</think><answer>3</answer>", "3", style="number", reasoning="think", image_id="b"),
+        prediction("4", "3", "3", style="number", finished=False, image_id="b"),
+    )
+    out = tmp_path / "scored" / "out.jsonl"
+    result = score_file("number", path, out)
+    assert (result["score"], result["n"], result["stderr"]) == (50, 4, 0)
+    assert result["verdicts"] == {"correct": 0.5, "wrong_content": 0, "wrong_format": 0.5, "wrong_both": 0}
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["score"] for r in rows] == [100, 0, 100, 0]
+    assert [r["verdict"] for r in rows] == ["correct", "wrong_format", "correct", "wrong_format"]
+    assert rows[1]["extra"] == [1] and rows[1]["parsed"] == "3" and rows[1]["response"] == "It is 3."
+
+
+def test_score_file_with_a_users_function(tmp_path, monkeypatch):
+    (tmp_path / "own_score_file.py").write_text("def grade(response, references, sample): return sample['weight']\n")
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, prediction("1", "x", "y", weight=7), prediction("2", "x", "y", weight=9))
+    assert score_file("own_score_file:grade", path)["score"] == 8
+    with pytest.raises(InputError, match="sample 2: returned 900"):
+        score_file("own_score_file:grade", write(tmp_path, prediction("2", "x", "y", weight=900)))
+
+
+def test_line_separators_inside_a_response_do_not_end_the_line(tmp_path):
+    text = json.dumps(prediction("1", "a\u2028b\x85c", "a b c"), ensure_ascii=False)
+    assert score_file("short", write(tmp_path, text))["score"] == 100
+
+
+GOOD = prediction("1", "x", "x")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("{", r":3:2: malformed JSON"),
+        ("[1]", r":3: "),
+        ({"id": "2", "references": ["x"]}, r":3: response: "),
+        ({"id": "2", "response": None, "references": ["x"]}, r":3: response: "),
+        ({"id": "2", "response": "x"}, r":3: references: "),
+        (prediction("2", "x"), r":3: references: "),
+        (prediction("2", "x", 3), r":3: references.0: "),
+        ({"id": "2", "response": "x", "references": "x"}, r":3: references: "),
+        ({"response": "x", "references": ["x"]}, r":3: id"),
+        (prediction("1", "y", "y"), r":3: id: .*predictions.jsonl:1"),
+        (prediction(1, "y", "y"), r":3: id: "),
+        (prediction("2", "x", "x", style="mqc"), r":3: style: "),
+        (prediction("2", "x", "x", options="AB"), r":3: options: "),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, bad, message):
+    path = write(tmp_path, GOOD, "", bad)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(InputError, match=message) as error:
+        score_file("short", path, out)
+    assert "\n" not in str(error.value)
+    assert not out.exists()
+
+
+def test_files_that_cannot_be_scored(tmp_path):
+    for content in ("", "\n \n"):
+        with pytest.raises(InputError, match="no predictions"):
+            score_file("short", write(tmp_path, content))
+    with pytest.raises(InputError, match="no such file"):
+        score_file("short", tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="unknown scorer"):
+        score_file("shrt", write(tmp_path, GOOD))
+
+
+def test_a_run_and_a_file_give_the_same_score(tmp_path):
+    samples = [
+        make_sample(style, reference, options=OPTIONS if style == "mcq" else None) for style, reference, *_ in CASES
+    ]
+    for kind, (index, sample) in itertools.product(("short", "rouge_l"), enumerate(samples)):
+        response = CASES[index][2]
+        line = prediction("1", response, *sample["references"], style=sample["style"], **sample["meta"])
+        expected = score_response(sample, response, get_scorer(kind))["score"]
+        assert score_file(kind, write(tmp_path, line))["score"] == expected

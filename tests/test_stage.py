@@ -1,0 +1,262 @@
+"""Whole stages: real trainers, real files. Two stages in one process, and one under DeepSpeed in two."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from training import COLOURS, TINY, make_run, make_samples, tiny_model
+
+import mcit.pipeline.sft
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_json, read_jsonl
+from mcit.data_prep.schema import Sample
+from mcit.eval.serving import read_serving
+from mcit.pipeline.adapters import load_adapter
+from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.sft import make_trainer
+from mcit.pipeline.stage import replace_folder, run_stage, split_batch
+
+RECIPE = """
+method: {reglora: {key_fraction: 0.02, weight: 100}}
+train:
+  lora: {r: 4, alpha: 8, dropout: 0}
+  global_batch_size: 8
+  sft: {args: {learning_rate: 5e-3, lr_scheduler_type: constant, adam_epsilon: 1e-4, logging_steps: 1,
+               gradient_checkpointing: false}}
+"""
+
+
+def uneven(task: str, n: int, images: int) -> list[Sample]:
+    """Answers of very different lengths: only a loss over all tokens of the global batch weighs them evenly."""
+    samples = make_samples(task, n, images=images)
+    for i, sample in enumerate(samples):
+        sample["completion"] = [{"role": "assistant", "content": " ".join(COLOURS[: 1 + i % 4] * (1 + i % 3))}]
+    return samples
+
+
+def train(run: Path, recipe: Path, k: int, *overrides: str) -> PeftModel:
+    """Train a stage in this process; the model as training left it."""
+    kept: dict[str, Any] = {}
+
+    def make(entered: Any) -> Any:
+        kept["model"] = entered.model
+        return make_trainer(entered)
+
+    run_stage(load_recipe(recipe, overrides), k, run, "sft", make)
+    return kept["model"].eval()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run whose first stage is trained."""
+    run = tmp_path_factory.mktemp("run")
+    recipe = make_run(run, {"colour": uneven("colour", 20, 1), "words": uneven("words", 19, 0)}, RECIPE)
+    train(run, recipe, 1)
+    return run, recipe
+
+
+def copy_run(trained: tuple[Path, Path], to: Path) -> Path:
+    """A run of its own that shares data and first stage."""
+    (to / "stages").mkdir(parents=True)
+    (to / "data").symlink_to(trained[0] / "data")
+    for name in ("00-base", "01-colour"):
+        (to / "stages" / name).symlink_to(trained[0] / "stages" / name)
+    return to
+
+
+def second_adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "stages" / "02-words" / "adapter" / "adapter_model.safetensors")
+
+
+def largest_gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+IDS = torch.tensor([[10, 20, 30, 40, 50]])
+
+
+@pytest.mark.parametrize("lineage", ["stack", "fold"])
+def test_two_stages(trained: tuple[Path, Path], tmp_path: Path, lineage: str) -> None:
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    model = train(run, recipe, 2, f"train.lineage={lineage}")
+    stage = run / "stages" / "02-words"
+    assert {path.name for path in (run / "stages").iterdir()} == {"00-base", "01-colour", "02-words"}
+
+    with torch.no_grad():
+        served = PeftModel.from_pretrained(tiny_model(), stage / "adapter").eval()(input_ids=IDS).logits
+        torch.testing.assert_close(served, model(input_ids=IDS).logits, rtol=0, atol=1e-4)
+        before = PeftModel.from_pretrained(tiny_model(), run / "stages" / "01-colour" / "adapter").eval()
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=IDS).logits, before(input_ids=IDS).logits, rtol=0, atol=1e-4)
+
+    serving = read_serving(stage)
+    assert (serving.stage, serving.name, serving.kind, serving.path, serving.rank) == (2, "words", "adapter", "adapter", 8)
+    assert serving.base == str(TINY) and serving.base_hash == "b"
+    assert serving.hash != read_serving(run / "stages" / "01-colour").hash
+    delta, counts = load_adapter(stage / "delta"), load_file(stage / "method" / "reglora.safetensors")
+    assert {factors.a.shape[0] for factors in delta.values()} == {4} and counts.keys() == delta.keys()
+    keys = load_file(run / "stages" / "01-colour" / "method" / "reglora.safetensors")
+    for name, count in counts.items():
+        k = int(0.02 * count.numel())
+        assert keys[name].sum() == k and count.sum() == 2 * k and (count >= keys[name]).all()
+        top = delta[name].delta().abs().flatten().topk(k).indices
+        assert ((count - keys[name]).flatten()[top] == 1).all()
+    log = read_jsonl(stage / "train_log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 3]  # 19 samples fill three batches of 8
+    assert log[0]["reglora_loss"] == 0 and log[2]["reglora_loss"] > 0 and "train_loss" in log[-1]
+    summary = read_json(stage / "trained.json")
+    assert (summary["steps"], summary["samples"], summary["processes"], summary["mode"]) == (3, 19, 1, "single")
+
+
+def test_stack_keeps_the_base_bit_identical(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    model = train(run, recipe, 2, "train.lineage=stack")
+    state = {
+        re.sub(r"^base_model\.model\.|\.base_layer", "", name): tensor
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name
+    }
+    untouched = tiny_model().state_dict()
+    assert state.keys() == untouched.keys() and all(torch.equal(state[name], untouched[name]) for name in untouched)
+
+
+def test_neutral_reglora_is_sequential_tuning_to_the_bit(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    sequential, neutral, active = (copy_run(trained, tmp_path / name) for name in "abc")
+    train(sequential, trained[1], 2, "method={}")
+    train(neutral, trained[1], 2, "method.reglora.weight=0")
+    train(active, trained[1], 2)
+    assert largest_gap(second_adapter(sequential), second_adapter(neutral)) == 0
+    assert largest_gap(second_adapter(sequential), second_adapter(active)) > 1e-4
+    assert not (sequential / "stages" / "02-words" / "method").exists()
+
+
+def test_the_accumulation_split_changes_nothing(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Neither the tokens' loss nor the penalty: 8 × 1 against 2 × 4, in loss and in weights."""
+    whole, split = copy_run(trained, tmp_path / "whole"), copy_run(trained, tmp_path / "split")
+    train(whole, trained[1], 2)
+    train(split, trained[1], 2, "train.sft.args.per_device_train_batch_size=2")
+    assert largest_gap(second_adapter(whole), second_adapter(split)) < 2e-5
+    logs = [read_jsonl(run / "stages" / "02-words" / "train_log.jsonl") for run in (whole, split)]
+    for one, two in zip(*logs, strict=True):
+        for key in ("loss", "reglora_loss", "grad_norm", "num_tokens"):
+            assert one.get(key) == pytest.approx(two.get(key), rel=1e-4, abs=1e-6), key
+
+
+def test_two_processes_under_zero2_are_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Started as a user would, by path, through accelerate; 2 processes × 2 samples × 2 micro-batches."""
+    alone, together = copy_run(trained, tmp_path / "alone"), copy_run(trained, tmp_path / "together")
+    train(alone, trained[1], 2)
+    launch(together, trained[1], "zero2", 2, "train.sft.args.per_device_train_batch_size=2")
+    summary = read_json(together / "stages" / "02-words" / "trained.json")
+    assert (summary["processes"], summary["mode"]) == (2, "zero2")  # the trainer itself asserts a DeepSpeedEngine
+    assert largest_gap(second_adapter(alone), second_adapter(together)) < 2e-5
+    logs = [read_jsonl(run / "stages" / "02-words" / "train_log.jsonl") for run in (alone, together)]
+    assert [row.get("loss") for row in logs[0]] == pytest.approx([row.get("loss") for row in logs[1]], rel=1e-4)
+    states = [load_file(run / "stages" / "02-words" / "method" / "reglora.safetensors") for run in (alone, together)]
+    same = [(states[0][name] == states[1][name]).float().mean().item() for name in states[0]]
+    assert min(same) > 0.999  # keys at the threshold may swap
+
+
+@pytest.mark.slow
+def test_two_processes_under_ddp_are_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    alone, together = copy_run(trained, tmp_path / "alone"), copy_run(trained, tmp_path / "together")
+    train(alone, trained[1], 2)
+    launch(together, trained[1], "ddp", 2, "train.sft.args.per_device_train_batch_size=2")
+    assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == "ddp"
+    assert largest_gap(second_adapter(alone), second_adapter(together)) < 2e-5
+
+
+def launch(run: Path, recipe: Path, mode: str, processes: int, *overrides: str) -> None:
+    root = Path(mcit.pipeline.sft.__file__).parents[1]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(root / "recipes" / "accelerate" / f"{mode}.yaml")),
+        *("--num_processes", str(processes), str(root / "pipeline" / "sft.py")),
+        *("--recipe", str(recipe), "--stage", "2", "--run-dir", str(run), *overrides),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_an_interrupted_stage_leaves_nothing_that_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, recipe = copy_run(trained, tmp_path), load_recipe(trained[1])
+
+    class Interrupted(Exception):
+        pass
+
+    def make(entered: Any) -> Any:
+        trainer = make_trainer(entered)
+        trainer.log = lambda *args, **kwargs: (_ for _ in ()).throw(Interrupted)
+        return trainer
+
+    with pytest.raises(Interrupted):
+        run_stage(recipe, 2, run, "sft", make)
+    assert not (run / "stages" / "02-words").exists()
+    train(run, trained[1], 2)
+    assert {path.name for path in (run / "stages").iterdir()} == {"00-base", "01-colour", "02-words"}
+
+
+def test_a_training_that_moves_nothing_is_an_error(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run = copy_run(trained, tmp_path)
+    with pytest.raises(RuntimeError, match="stage 2: training changed no weight"):
+        train(run, trained[1], 2, "train.sft.args.learning_rate=0.0")
+    with pytest.raises(RuntimeError, match="the loss is nan at step"):
+        train(run, trained[1], 2, "train.sft.args.learning_rate=1e30", "train.sft.args.max_grad_norm=0.0")
+    assert not (run / "stages" / "02-words").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.sft.args.learning_rat=1"], "train.sft.args.learning_rat: SFTConfig has no such argument. Did you mean "
+         "`learning_rate`?"),
+        (["train.sft.args.packing=true"], "train.sft.args.packing: is set by the pipeline. Samples are not packed"),
+        (["train.sft.args.bf16=true"], "Set base_model.dtype"),
+        (["train.sft.args.per_device_train_batch_size=3"], "train.global_batch_size: 8 does not divide by 1 process × 3"),
+        (["train.sft.args.lr_scheduler_type=cosin"], "train.sft.args: .*cosin"),
+        (["train.max_length=20"], "sample words-\\d+ of words: takes \\d+ tokens, .* 20 fit"),
+        (["train.paradigm=rft", "train.reference=none"], "stage 2 is rft, and this is pipeline/sft.py"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_clear_line(
+    trained: tuple[Path, Path], tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    run = copy_run(trained, tmp_path)
+    with pytest.raises(InputError, match=message) as caught:
+        train(run, trained[1], 2, *overrides)
+    assert "\n" not in str(caught.value)
+    assert not (run / "stages" / "02-words").exists()
+
+
+def test_stage_numbers(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--stage: the stream has stages 1 to 2, not 3"):
+        train(tmp_path, trained[1], 3)
+    with pytest.raises(InputError, match=r"01-colour.serving.json: no such file"):
+        train(tmp_path, trained[1], 2)
+
+
+def test_split_batch() -> None:
+    assert split_batch(128, 1, None) == (128, 1)
+    assert split_batch(128, 4, None) == (32, 1)
+    assert split_batch(128, 4, 8) == (8, 4)
+    with pytest.raises(InputError, match="128 does not divide by 3 processes"):
+        split_batch(128, 3, None)
+
+
+def test_replace_folder(tmp_path: Path) -> None:
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(json.dumps(name))
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"] and read_json(tmp_path / "old" / "file") == "new"

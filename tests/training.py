@@ -1,0 +1,105 @@
+"""What the training tests share: the tiny model, its processor, and prepared tasks made by hand."""
+
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import mcit.recipes
+from mcit.data_prep.files import write_json, write_jsonl
+from mcit.data_prep.schema import Sample
+from mcit.eval.serving import Serving, write_serving
+from mcit.pipeline.adapters import Adapter, Factors
+
+TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
+COLOURS = ("red", "green", "blue", "white")
+
+
+def tiny_model() -> Any:
+    """A fresh copy of the tiny vision-language model."""
+    return AutoModelForImageTextToText.from_pretrained(TINY, dtype=torch.float32)
+
+
+@cache
+def tiny_processor() -> Any:
+    return AutoProcessor.from_pretrained(TINY)
+
+
+def random_adapter(model: Any, names: Sequence[str], r: int, seed: int, scaling: float = 1.0) -> Adapter:
+    """An adapter that visibly changes the model."""
+    generator = torch.Generator().manual_seed(seed)
+    adapter = {}
+    for name in names:
+        rows, columns = model.get_submodule(name).weight.shape
+        a, b = torch.randn(r, columns, generator=generator), torch.randn(rows, r, generator=generator)
+        adapter[name] = Factors(a * 0.1, b * 0.1, scaling)
+    return adapter
+
+
+def make_samples(task: str, n: int, *, images: int = 1, seed: int = 0) -> list[Sample]:
+    """Colour questions; their image paths are those that `write_task` fills."""
+    rng = random.Random(seed)
+    samples: list[Sample] = []
+    for i in range(n):
+        colour = rng.choice(COLOURS)
+        question = "Which colour is it?" if images else f"Repeat: {colour}."
+        prompt = f"{question}\nAnswer the question using a single word or phrase."
+        samples.append(
+            {
+                "id": f"{task}-{i}",
+                "task": task,
+                "images": [f"images/{colour}-{j}.png" for j in range(images)],
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": colour}],
+                "references": [colour],
+                "style": "short",
+                "reasoning": "none",
+            }
+        )
+    return samples
+
+
+def write_images(folder: Path) -> None:
+    (folder / "images").mkdir(parents=True)
+    for colour in COLOURS:
+        for j in range(2):
+            Image.new("RGB", (32, 32 + 16 * j), colour).save(folder / "images" / f"{colour}-{j}.png")
+
+
+def write_task(folder: Path, samples: list[Sample]) -> None:
+    """A prepared task as the data preparation leaves it."""
+    write_images(folder)
+    write_jsonl(folder / "train.jsonl", samples)
+    write_jsonl(folder / "test.jsonl", samples[:2])
+    task = {
+        "name": samples[0]["task"],
+        "style": "short",
+        "reasoning": "none",
+        "scorer": "short",
+        "reward": "same",
+        "image_root": ".",
+        "counts": {"train": len(samples), "validation": 0, "test": 2},
+        "notes": [],
+        "hash": "0",
+        "test_hash": "0",
+    }
+    write_json(folder / "task.json", task)
+
+
+def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str) -> Path:
+    """A run folder as `mcit prepare` leaves it; returns the recipe's path. `recipe` is YAML below name and model."""
+    for name, samples in tasks.items():
+        write_task(run / "data" / name, samples)
+    base = run / "stages" / "00-base"
+    base.mkdir(parents=True)
+    serving = Serving(stage=0, name="base", kind="base", base=str(TINY), dtype="float32", base_hash="b", hash="b")
+    write_serving(base, serving)
+    stream = "".join(f"  - {{name: {name}, train: {name}.json}}\n" for name in tasks)
+    path = run / "recipe-under-test.yaml"
+    path.write_text(f"name: test\nbase_model: {{path: {TINY}, dtype: float32}}\nstream:\n{stream}{recipe}")
+    return path
