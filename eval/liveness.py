@@ -5,6 +5,7 @@ cache), and the scores then belong to another model. So before any score counts,
 completions go through the engine under the policy and under the untouched base, and through transformers with PEFT.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -142,6 +143,10 @@ def _judge(policy: Policy, engine: str, served: Scores, reference: Scores | None
         "tolerance": config.parity_tolerance,
     }
     who = "the base" if serving.kind == "base" else f"stage {serving.stage} ({serving.name})"
+    everything = [*mine, *(reference or {}).get(serving.hash, ())]
+    if not all(math.isfinite(value) for scored in everything for value in scored.logprobs):
+        result["note"] = f"{who}: some log-probabilities are not finite: its weights are broken, or {dtype} is too small"
+        return result
     if serving.kind != "base":
         base = served.get(serving.base_hash) or (reference or {}).get(serving.base_hash)
         result["effect"] = log_prob_gap(mine, base, "float32")[0] if base else None

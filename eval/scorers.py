@@ -209,15 +209,16 @@ def _box(text: str) -> list[float] | None:
 
 
 def _iou(answer: str, reference: str, sample: Sample) -> float:
-    """Intersection over union of two boxes [x1, y1, x2, y2] in the same units; 0 when a box is missing or inverted."""
+    """Intersection over union of two boxes [x1, y1, x2, y2] in the same units.
+
+    0 when a box is missing, or inverted: then it overlaps nothing.
+    """
     given, wanted = _box(answer), _box(reference)
     if given is None or wanted is None:
         return 0.0
     if given == wanted:
         return 1.0
     sides = [(box[2] - box[0], box[3] - box[1]) for box in (given, wanted)]
-    if min(map(min, sides)) < 0:
-        return 0.0
     overlap = [max(0.0, min(given[at + 2], wanted[at + 2]) - max(given[at], wanted[at])) for at in (0, 1)]
     shared = overlap[0] * overlap[1]
     union = sum(width * height for width, height in sides) - shared

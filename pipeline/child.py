@@ -14,7 +14,7 @@ from mcit.data_prep.errors import InputError
 
 # Reads the child's process group, then waits for a second line that says the child has ended. If this process dies
 # first, by whatever signal, the pipe closes instead: the group is asked to stop, and killed if it does not.
-_WATCHDOG = 'read group; read ended || { kill -TERM -- "-$group"; sleep 30; kill -KILL -- "-$group"; }'
+_WATCHDOG = 'read group; read ended || { kill -s TERM -- "-$group"; sleep 30; kill -s KILL -- "-$group"; }'
 _LINE_END = re.compile(rb"[\r\n]+")
 
 

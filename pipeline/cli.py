@@ -320,7 +320,7 @@ def _start(
     """The run that the arguments mean: a run directory given as the recipe is taken up where it is."""
     from .recipe import load_recipe
     from .run import start_run
-    from .steps import Launch
+    from .step import Launch
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
     directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)

@@ -112,7 +112,9 @@ class Collator:
             add_special_tokens=not (bos and texts[0].startswith(bos)),  # as apply_chat_template(tokenize=True)
         )
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
-        is_token_field = {key: value.shape == ids.shape and not value.is_floating_point() for key, value in batch.items()}
+        is_token_field = {
+            key: value.shape == ids.shape and not value.is_floating_point() for key, value in batch.items()
+        }
         rows = [{key: batch[key][i][mask[i]] for key in batch if is_token_field[key]} for i in range(len(texts))]
         return rows, {key: value for key, value in batch.items() if not is_token_field[key]}
 

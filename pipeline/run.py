@@ -15,7 +15,8 @@ from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
 from .status import write_status
-from .steps import Launch, Run, Step
+from .step import Launch, Step
+from .steps import Run
 from .terminal import Terminal
 
 

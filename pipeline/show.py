@@ -38,8 +38,9 @@ class Shown(NamedTuple):
 
 
 def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
-    """The first `n` samples of each task of stage `k`, prepared if they are not yet; half of them, if ASD acts, converted
-    ones. Raises `InputError`.
+    """`n` samples of each task of stage `k`, half of them converted ones if ASD acts; data are prepared if need be.
+
+    Raises `InputError`.
     """
     from .collator import Collator  # here: these need torch and transformers
     from .stage import load_processor
@@ -58,19 +59,25 @@ def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
             paths = [str(image_path(folder, task, image)) for image in sample["images"]]
             placed: Sample = {**sample, "images": paths}
             before = native.get(sample["id"]) if sample in converted else None
-            gold = score_response(sample, sample["completion"][-1]["content"], get_scorer(task["scorer"]))
+            reward = stage.train.paradigm == "rft" and task["reward"] != "same"
+            scorer = get_scorer(task["reward"] if reward else task["scorer"])
+            gold = score_response(sample, sample["completion"][-1]["content"], scorer)
             shown.append(_shown(placed, collator, processor, before, gold))
     return shown
 
 
 def show_stage(recipe: Recipe, k: int, n: int, terminal: Terminal) -> None:
     """Print `n` samples of each task of stage `k`. Tokens with loss are coloured, or [[marked]] without a terminal."""
-    for shown in read_stage(recipe, k, n):
+    samples = read_stage(recipe, k, n)
+    learned = "with loss"
+    if recipe.stages[k - 1].train.paradigm == "rft":
+        learned = "of the gold answer, which GRPO does not train on"
+    for shown in samples:
         sample, spans = shown.sample, shown.spans
         trained = sum(span.tokens for span in spans if span.loss)
         total = sum(span.tokens for span in spans)
         terminal.say(
-            f"── {sample['task']} {sample['id']} · {sample['style']} · {total} tokens, {trained} with loss", "bold"
+            f"── {sample['task']} {sample['id']} · {sample['style']} · {total} tokens, {trained} {learned}", "bold"
         )
         for path, (width, height), tokens in shown.images:
             terminal.say(f"image {path}  {width}×{height}" + (f", {tokens} tokens" if tokens is not None else ""))

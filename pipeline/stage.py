@@ -108,7 +108,9 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     Raises `InputError`.
     """
     if not 1 <= k <= len(recipe.stages):
-        raise InputError(f"the stream has stages 1 to {len(recipe.stages)}, not {k}", where=recipe.name, field="--stage")
+        raise InputError(
+            f"the stream has stages 1 to {len(recipe.stages)}, not {k}", where=recipe.name, field="--stage"
+        )
     stage = recipe.stages[k - 1]
     check_stage(stage)
     if stage.train.paradigm != paradigm:
@@ -275,9 +277,7 @@ def split_batch(global_batch: int, processes: int, per_device: int | None) -> tu
     wanted = processes * (per_device or 1)
     if global_batch % wanted:
         parts = f"{processes} process{'es' if processes > 1 else ''}" + (f" × {per_device}" if per_device else "")
-        raise InputError(
-            f"{global_batch} does not divide by {parts}", where="recipe", field="train.global_batch_size"
-        )
+        raise InputError(f"{global_batch} does not divide by {parts}", where="recipe", field="train.global_batch_size")
     per_device = per_device or global_batch // processes
     return per_device, global_batch // (processes * per_device)
 

@@ -7,7 +7,8 @@ from mcit.data_prep.files import write_json
 
 from .locks import Owner, holder
 from .recipe import load_recipe
-from .steps import Launch, Run
+from .step import Launch
+from .steps import Run
 
 State = Literal["done", "running", "left"]
 

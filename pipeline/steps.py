@@ -8,10 +8,8 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from mcit.data_prep.checks import fit_task
 from mcit.data_prep.errors import InputError
@@ -24,70 +22,9 @@ from mcit.eval.results import assemble_results, write_results
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .child import run_child
-from .layers import RECIPES, nearest
 from .locks import locked
 from .recipe import Recipe, Stage, dump_recipe
-
-Facts = dict[str, Any]
-Show = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How training is started; no part of any fingerprint."""
-
-    config: Path  # of `accelerate launch`
-    gpus: int | None = None  # number of processes; None: as the file says
-
-    @classmethod
-    def named(cls, name: str, gpus: int | None = None) -> "Launch":
-        """`single`, `ddp`, `zero2`, … (recipes/accelerate/), or the path of an accelerate configuration."""
-        known = {file.stem: file for file in (RECIPES / "accelerate").glob("*.yaml")}
-        path = known.get(name, Path(name))
-        if not path.is_file():
-            raise InputError("no such launch configuration", where=f"--launch {name}", remedy=nearest(name, known))
-        return cls(path, gpus)
-
-    def command(self, script: Path) -> list[str]:
-        """The start of the command line that runs `script`."""
-        processes = [] if self.gpus is None else ["--num_processes", str(self.gpus)]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config)]
-        return [*launcher, *processes, str(script)]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a run."""
-
-    name: str  # e.g. train/2
-    title: str  # for people
-    marker: Path
-    there: Callable[[], bool]  # whether what the step makes exists
-    inputs: Callable[[], Facts | None]  # what it depends on; None as long as a step before it is not done
-    work: Callable[[Show, int], Facts]  # gets (show a line of progress, the lock's descriptor), returns marker facts
-    again: bool = False  # the work itself sees whether anything changed: it is always done, and kept if facts agree
-
-    @property
-    def file_name(self) -> str:
-        """The name as part of a file name."""
-        return self.name.replace("/", "-")
-
-    def done(self) -> Facts | None:
-        """The marker, if it belongs to the inputs as they are now."""
-        marker, inputs = self._marker(), self.inputs()
-        current = marker is not None and inputs is not None and marker["fingerprint"] == hash_json(inputs)
-        return marker if current and self.there() else None
-
-    def changed(self) -> list[str]:
-        """The dotted keys in which the inputs differ from those that the step was done with before."""
-        marker, inputs = self._marker(), self.inputs()
-        if marker is None or inputs is None:
-            return []
-        before, now = dict(_flatten(marker["inputs"])), dict(_flatten(inputs))
-        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-
-    def _marker(self) -> Facts | None:
-        return read_json(self.marker) if self.marker.exists() else None
+from .step import Facts, Launch, Show, Step
 
 
 class Run:
@@ -373,12 +310,3 @@ def _link(path: Path, target: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     os.replace(temporary, path)
-
-
-def _flatten(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested mappings by dotted key."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flatten(inner, f"{at}.{key}" if at else str(key))
-    else:
-        yield at, value

@@ -49,7 +49,7 @@ class Terminal:
                 ("✓ ", "green") if seconds is not None else ("= ", "dim"),
                 title,
                 (f"  {seconds:.1f} s" if seconds is not None else "  nothing to do", "dim"),
-                (f"  {inline}", "dim"),
+                (f"  {inline}" if inline else "", "dim"),
             )
         )
         for line in details[1:]:

@@ -16,7 +16,9 @@ class MethodLoss:
 
     methods: Sequence[Method] = ()
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not (self.methods and self.model.training):  # type: ignore[attr-defined]

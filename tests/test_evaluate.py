@@ -14,7 +14,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl, write_json
 from mcit.eval import engines, evaluate, hashing
 from mcit.eval.config import EvalConfig
-from mcit.eval.engines import Request, Response
+from mcit.eval.engines import Request, Response, vllm
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.evaluate import evaluate_cells, load_cell
 
@@ -60,9 +60,10 @@ def predictions(run: Path, stage: int, task: str = "seen") -> list[Any]:
 
 
 def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Base, two adapters of different ranks, one that is zero, and a merged model; one task with two images, one
-    without."""
+    """Base, two adapters of different ranks, one that is zero (more than vLLM has slots for), and a merged model; one
+    task with two images, one without."""
     pytest.importorskip("vllm")
+    monkeypatch.setattr(vllm, "SLOT_RANKS", 16)
     monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     stages = run / "stages"
@@ -79,7 +80,7 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     answers = {cell: [row["response"] for row in predictions(run, *cell)] for cell in cells}
     assert answers[3, "pairs"] == answers[0, "pairs"] and answers[3, "text"] == answers[0, "text"]
     assert answers[4, "pairs"] == answers[2, "pairs"] and answers[4, "text"] == answers[2, "text"]
-    assert len({tuple(answers[k, "pairs"]) for k in range(3)}) == 3
+    assert len({(*answers[k, "pairs"], *answers[k, "text"]) for k in range(3)}) == 3
     live = {k: read_json(next(stages.glob(f"{k:02d}-*/liveness.json"))) for k in range(5)}
     assert all(proof["ok"] and proof["engine"] == "vllm" and proof["gap"] < 1e-3 for proof in live.values())
     assert [live[k]["zero"] for k in range(5)] == [False, False, False, True, False]

@@ -114,6 +114,12 @@ def test_published_rows_divide_by_tasks_minus_one(final, mft, mfn, bwt):
     assert found["MAA"] is None and found["forgetting"] is None  # those need the cells that were not given
 
 
+def test_row_0_may_be_whole_above_lower_triangular_rows():
+    rows = [[10, 20], [80], [60, 90]]
+    assert continual_metrics(rows, row0=True)["BWT"] == -20
+    assert continual_metrics(rows, row0=True)["FWT"] is None  # stage 1 was not evaluated on task 1
+
+
 def test_forgetting_counts_from_the_best_score_not_from_the_first():
     found = continual_metrics([[50, 0, 0], [70, 60, 0], [40, 50, 90]])
     assert found["forgetting"] == pytest.approx((30 + 10) / 2)

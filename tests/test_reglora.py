@@ -112,7 +112,9 @@ def test_three_stages_through_the_hooks() -> None:
         factors["0"][0].copy_(A), factors["0"][1].copy_(B)
         factors["1"][0].fill_(1.0), factors["1"][1].zero_()  # a layer that did not train leaves no key
     state = method.finish(model, [])
-    assert state["0"].nonzero().tolist() == [[1, 3]] and not state["1"].any()  # int(0.1 · 12) = 1; alpha/r plays no part
+    assert (
+        state["0"].nonzero().tolist() == [[1, 3]] and not state["1"].any()
+    )  # int(0.1 · 12) = 1; alpha/r plays no part
     method.build(model, state)
     assert method.loss(view).item() == pytest.approx(10 * 8 / 2)  # |-8| at the key, over two layers
     assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=2, last=False)) is None

@@ -219,6 +219,7 @@ def test_vqa_soft_by_count_of_annotators():
         references = ["yes"] * n + [f"other {i}" for i in range(10 - n)]
         assert score("vqa_soft", "Yes.", references) == pytest.approx(expected)
     assert score("vqa_soft", "cat", ["cat", "dog"]) == 100  # too few to leave one out
+    assert score("vqa_soft", "the", ["a"] * 10) == 0  # both empty once articles are dropped
 
 
 # --- Edit distances -------------------------------------------------------------------------------------------------
@@ -391,10 +392,14 @@ def test_iou_against_counted_cells():
 
 
 @pytest.mark.parametrize(
-    "answer", ["[0, 0, 1]", "no box", "[1, 1, 0, 0]", f"[{'1' * 400}, 0, 1, 1]", "[0.5, 0.5, 0.5, 0.5]"]
+    "answer", ["[0, 0, 1]", "no box", "[1, 1, 0, 0]", "[1, 0, 0, 1]", f"[{'1' * 400}, 0, 1, 1]", "[0.5, 0.5, 0.5, 0.5]"]
 )
 def test_a_bad_box_scores_nothing(answer):
     assert score("iou", answer, "[0, 0, 1, 1]") == 0
+
+
+def test_a_point_is_right_where_the_reference_is_that_point():
+    assert score("bbox", "[0.5,0.5,0.5,0.5]", "[0.50, 0.50, 0.50, 0.50]") == 100
 
 
 def test_digits_of_a_name_are_no_coordinates():
@@ -430,6 +435,7 @@ def test_own_scorer(own):
         ("raise KeyError('x')", "sample s1: KeyError"),
         ("return float('nan')", "sample s1: returned nan"),
         ("return 101", "returned 101"),
+        ("return -1", "returned -1"),
         ("return None", "sample s1: TypeError"),
     ],
 )

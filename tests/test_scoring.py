@@ -66,6 +66,8 @@ CASES = [
     ("short", "7", "7", "correct"),
     ("short", "7", "8", "wrong_content"),
     ("short", "7", "The digit is 7.", "wrong_format"),
+    ("short", "7", r"\boxed{7}", "wrong_format"),  # passes for a phrase, but is not the right one
+    ("short", r"\boxed{7}", r"\boxed{7}", "correct"),  # whatever the style-free reading makes of it
     ("short", "7", "", "wrong_both"),  # ImageNet's scorer in CoIN takes it for right
     ("short", "Málaga", "Ma\u0301laga.", "correct"),
     ("bbox", BOX, BOX, "correct"),
@@ -76,6 +78,7 @@ CASES = [
     ("brief", "A dog runs on grass.", "A dog runs on grass.", "correct"),
     ("brief", "A dog runs on grass.", "No idea at all.", "wrong_content"),
     ("brief", "A dog runs on grass.", "", "wrong_both"),
+    ("brief", "3", r"I wonder if \boxed{3} is right", "wrong_content"),  # free text is read as it is
     ("caption", "A dog runs on grass.", "A dog runs on grass.", "correct"),
 ]
 
@@ -84,7 +87,8 @@ CASES = [
 def test_verdict(style, reference, response, verdict):
     result = judge(style, reference, response, options=OPTIONS if style == "mcq" else None)
     assert result["verdict"] == verdict
-    assert result["score"] == pytest.approx(100 if verdict == "correct" else 0, abs=1e-9)
+    assert (result["score"] == 100) == (verdict == "correct")
+    assert result["score"] == 0 or result["format_ok"]
 
 
 def test_an_answer_that_was_cut_off_has_no_form():
@@ -164,7 +168,7 @@ def test_a_sample_without_references_cannot_be_scored():
         score_response(make_sample("short"), "x", SCORERS["short"])
 
 
-@pytest.mark.parametrize("unit", ["a ", "1", "[", "<think>", "answer is ", "yes no ", "x. ", "$"])
+@pytest.mark.parametrize("unit", ["a ", "1", "(a", "[", "<think>", "<answer>", "answer is ", "yes no ", "x. ", "$"])
 def test_ten_megabytes_of_one_thing_are_scored_in_time(unit):
     flood = unit * (10_000_000 // len(unit))
     for style in ("short", "number", "bbox", "brief"):
@@ -341,6 +345,7 @@ GOOD = prediction("1", "x", "x")
         (prediction(1, "y", "y"), r":3: id: "),
         (prediction("2", "x", "x", style="mqc"), r":3: style: "),
         (prediction("2", "x", "x", options="AB"), r":3: options: "),
+        (prediction("2", "x", "x", finished="yes"), r":3: finished: "),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, bad, message):

@@ -29,7 +29,7 @@ method: {reglora: {key_fraction: 0.02, weight: 100}}
 train:
   lora: {r: 4, alpha: 8, dropout: 0}
   global_batch_size: 8
-  sft: {args: {learning_rate: 5e-3, lr_scheduler_type: constant, adam_epsilon: 1e-4, logging_steps: 1,
+  sft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, num_train_epochs: 2,
                gradient_checkpointing: false}}
 """
 
@@ -81,6 +81,12 @@ def largest_gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> f
     return max((one[key] - two[key]).abs().max().item() for key in one)
 
 
+def logged(run: Path, key: str) -> list[float]:
+    rows = read_jsonl(run / "stages" / "02-words" / "train_log.jsonl")
+    assert len(rows) == 7
+    return [row[key] for row in rows[:-1]]
+
+
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
 
 
@@ -99,7 +105,13 @@ def test_two_stages(trained: tuple[Path, Path], tmp_path: Path, lineage: str) ->
             torch.testing.assert_close(model(input_ids=IDS).logits, before(input_ids=IDS).logits, rtol=0, atol=1e-4)
 
     serving = read_serving(stage)
-    assert (serving.stage, serving.name, serving.kind, serving.path, serving.rank) == (2, "words", "adapter", "adapter", 8)
+    assert (serving.stage, serving.name, serving.kind, serving.path, serving.rank) == (
+        2,
+        "words",
+        "adapter",
+        "adapter",
+        8,
+    )
     assert serving.base == str(TINY) and serving.base_hash == "b"
     assert serving.hash != read_serving(run / "stages" / "01-colour").hash
     delta, counts = load_adapter(stage / "delta"), load_file(stage / "method" / "reglora.safetensors")
@@ -111,10 +123,10 @@ def test_two_stages(trained: tuple[Path, Path], tmp_path: Path, lineage: str) ->
         top = delta[name].delta().abs().flatten().topk(k).indices
         assert ((count - keys[name]).flatten()[top] == 1).all()
     log = read_jsonl(stage / "train_log.jsonl")
-    assert [row["step"] for row in log] == [1, 2, 3, 3]  # 19 samples fill three batches of 8
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6, 6]  # 19 samples fill three batches of 8, twice
     assert log[0]["reglora_loss"] == 0 and log[2]["reglora_loss"] > 0 and "train_loss" in log[-1]
     summary = read_json(stage / "trained.json")
-    assert (summary["steps"], summary["samples"], summary["processes"], summary["mode"]) == (3, 19, 1, "single")
+    assert (summary["steps"], summary["samples"], summary["processes"], summary["mode"]) == (6, 19, 1, "single")
 
 
 def test_stack_keeps_the_base_bit_identical(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -144,11 +156,9 @@ def test_the_accumulation_split_changes_nothing(trained: tuple[Path, Path], tmp_
     whole, split = copy_run(trained, tmp_path / "whole"), copy_run(trained, tmp_path / "split")
     train(whole, trained[1], 2)
     train(split, trained[1], 2, "train.sft.args.per_device_train_batch_size=2")
-    assert largest_gap(second_adapter(whole), second_adapter(split)) < 2e-5
-    logs = [read_jsonl(run / "stages" / "02-words" / "train_log.jsonl") for run in (whole, split)]
-    for one, two in zip(*logs, strict=True):
-        for key in ("loss", "reglora_loss", "grad_norm", "num_tokens"):
-            assert one.get(key) == pytest.approx(two.get(key), rel=1e-4, abs=1e-6), key
+    assert largest_gap(second_adapter(whole), second_adapter(split)) < 1e-5
+    for key in ("loss", "reglora_loss", "grad_norm", "num_tokens"):
+        assert logged(whole, key) == pytest.approx(logged(split, key), rel=1e-4, abs=1e-6), key
 
 
 def test_two_processes_under_zero2_are_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -158,9 +168,9 @@ def test_two_processes_under_zero2_are_one(trained: tuple[Path, Path], tmp_path:
     launch(together, trained[1], "zero2", 2, "train.sft.args.per_device_train_batch_size=2")
     summary = read_json(together / "stages" / "02-words" / "trained.json")
     assert (summary["processes"], summary["mode"]) == (2, "zero2")  # the trainer itself asserts a DeepSpeedEngine
-    assert largest_gap(second_adapter(alone), second_adapter(together)) < 2e-5
-    logs = [read_jsonl(run / "stages" / "02-words" / "train_log.jsonl") for run in (alone, together)]
-    assert [row.get("loss") for row in logs[0]] == pytest.approx([row.get("loss") for row in logs[1]], rel=1e-4)
+    assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
+    for key in ("loss", "reglora_loss"):
+        assert logged(alone, key) == pytest.approx(logged(together, key), rel=1e-4, abs=1e-6), key
     states = [load_file(run / "stages" / "02-words" / "method" / "reglora.safetensors") for run in (alone, together)]
     same = [(states[0][name] == states[1][name]).float().mean().item() for name in states[0]]
     assert min(same) > 0.999  # keys at the threshold may swap
@@ -172,7 +182,7 @@ def test_two_processes_under_ddp_are_one(trained: tuple[Path, Path], tmp_path: P
     train(alone, trained[1], 2)
     launch(together, trained[1], "ddp", 2, "train.sft.args.per_device_train_batch_size=2")
     assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == "ddp"
-    assert largest_gap(second_adapter(alone), second_adapter(together)) < 2e-5
+    assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
 
 
 def launch(run: Path, recipe: Path, mode: str, processes: int, *overrides: str) -> None:

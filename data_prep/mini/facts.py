@@ -39,85 +39,66 @@ def _closed(name: str, question: str, answer: str, kinds: tuple[str, ...], think
 
 
 def scene_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
-    """A picture of shapes and everything that is taught about one of them."""
+    """A picture of shapes and what is taught about each of them."""
     scene = world.make_scene(rng)
-    item = scene[int(rng.integers(len(scene)))]
-    colours = tuple(world.COLOURS)
-    here = f"At the {item.corner} there is a {item.colour} {item.shape}."
-    there = f"The {item.colour} {item.shape} is at the {item.corner}."
-    size = f"The {item.colour} {item.shape} is {item.size}."
-    facts = [
-        _closed(
-            "colour_at",
-            f"What colour is the shape at the {item.corner}?",
-            item.colour,
-            colours,
-            here,
-            f"Is the shape at the {item.corner} {{}}?",
-        ),
-        _closed(
-            "shape_at",
-            f"Which shape is at the {item.corner}?",
-            item.shape,
-            world.SHAPES,
-            here,
-            f"Is the shape at the {item.corner} a {{}}?",
-        ),
-        _closed(
-            "corner_of",
-            f"Where is the {item.colour} shape?",
-            item.corner,
-            world.CORNERS,
-            there,
-            f"Is the {item.colour} shape at the {{}}?",
-        ),
-        _closed(
-            "shape_of",
-            f"Which shape is {item.colour}?",
-            item.shape,
-            world.SHAPES,
-            there,
-            f"Is the {item.colour} shape a {{}}?",
-        ),
-        _closed(
-            "size_of",
-            f"What size is the {item.colour} shape?",
-            item.size,
-            ("small", "large"),
-            size,
-            f"Is the {item.colour} shape {{}}?",
-        ),
-        Fact(
-            "box_of_shape", f"Give the box of the {item.colour} shape.", world.format_box(item.box), "bbox", (), there
-        ),
-    ]
+    facts = []
+    for item in scene:
+        here = f"At the {item.corner} there is a {item.colour} {item.shape}."
+        there = f"The {item.colour} {item.shape} is at the {item.corner}."
+        facts += [
+            _closed(
+                "colour_at",
+                f"What colour is the shape at the {item.corner}?",
+                item.colour,
+                tuple(world.COLOURS),
+                here,
+                f"Is the shape at the {item.corner} {{}}?",
+            ),
+            _closed(
+                "shape_at",
+                f"Which shape is at the {item.corner}?",
+                item.shape,
+                world.SHAPES,
+                here,
+                f"Is the shape at the {item.corner} a {{}}?",
+            ),
+            _closed(
+                "corner_of",
+                f"Where is the {item.colour} shape?",
+                item.corner,
+                world.CORNERS,
+                there,
+                f"Is the {item.colour} shape at the {{}}?",
+            ),
+            Fact(
+                "box_of_shape",
+                f"Give the box of the {item.colour} shape.",
+                world.format_box(item.box),
+                "bbox",
+                (),
+                there,
+            ),
+        ]
     return world.draw_scene(rng, scene), facts
 
 
 def chart_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
-    """A bar chart and everything that is taught about one of its bars."""
+    """A bar chart and what is taught about each of its bars."""
     chart = world.make_chart(rng)
-    bar = chart[int(rng.integers(len(chart)))]
-    think = f"The {bar.place} bar is {bar.colour}."
-    facts = [
-        _closed(
-            "bar_colour",
-            f"What colour is the {bar.place} bar?",
-            bar.colour,
-            tuple(world.COLOURS),
-            think,
-            f"Is the {bar.place} bar {{}}?",
-        ),
-        _closed(
-            "bar_place",
-            f"Which bar is {bar.colour}?",
-            bar.place,
-            world.ORDINALS,
-            think,
-            f"Is the {bar.colour} bar the {{}} one?",
-        ),
-        Fact("box_of_bar", f"Give the box of the {bar.colour} bar.", world.format_box(bar.box), "bbox", (), think),
-    ]
+    facts = []
+    for bar in chart:
+        think = f"The {bar.place} bar is {bar.colour}."
+        facts += [
+            _closed(
+                "bar_colour",
+                f"What colour is the {bar.place} bar?",
+                bar.colour,
+                tuple(world.COLOURS),
+                think,
+                f"Is the {bar.place} bar {{}}?",
+            ),
+            Fact("box_of_bar", f"Give the box of the {bar.colour} bar.", world.format_box(bar.box), "bbox", (), think),
+        ]
     return world.draw_chart(rng, chart), facts
 
 
@@ -131,28 +112,33 @@ def letter_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
 
 def number_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
     """Text only: which number follows, which is larger."""
-    n = int(rng.integers(0, 120))
-    near = tuple(str(m) for m in (n - 1, n, n + 2, n + 3, n + 11) if m >= 0)
-    follows = Fact(
-        "next_number",
-        f"Which number comes after {n}?",
-        str(n + 1),
-        "number",
-        near,
-        f"After {n} comes {n + 1}.",
-        f"Does {{}} come after {n}?",
-    )
-    a, b = (int(m) for m in rng.choice(120, 2, replace=False))
-    larger = Fact(
-        "larger_number",
-        f"Which number is larger, {a} or {b}?",
-        str(max(a, b)),
-        "number",
-        (str(min(a, b)),),
-        f"{max(a, b)} is more than {min(a, b)}.",
-        f"Is {{}} the larger of {a} and {b}?",
-    )
-    return None, [follows, larger]
+    facts = []
+    for n, a, b in rng.integers(0, 120, (3, 3)).tolist():
+        near = tuple(str(m) for m in (n - 1, n, n + 2, n + 3, n + 11) if m >= 0)
+        facts.append(
+            Fact(
+                "next_number",
+                f"Which number comes after {n}?",
+                str(n + 1),
+                "number",
+                near,
+                f"After {n} comes {n + 1}.",
+                f"Does {{}} come after {n}?",
+            )
+        )
+        low, high = sorted((a, b + (a == b)))
+        facts.append(
+            Fact(
+                "larger_number",
+                f"Which number is larger, {a} or {b + (a == b)}?",
+                str(high),
+                "number",
+                (str(low),),
+                f"{high} is more than {low}.",
+                f"Is {{}} the larger of {low} and {high}?",
+            )
+        )
+    return None, facts
 
 
 def echo_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:

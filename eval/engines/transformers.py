@@ -40,6 +40,8 @@ class TransformersEngine:
         first = policies[0]
         self.config = config
         self.processor = load_processor(first.serving)
+        if self.processor.tokenizer.pad_token is None:
+            self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model: Any = AutoModelForImageTextToText.from_pretrained(
             first.model,
@@ -52,7 +54,7 @@ class TransformersEngine:
         model.generation_config = GenerationConfig(
             do_sample=False,
             eos_token_id=self.ends,
-            pad_token_id=self.processor.tokenizer.pad_token_id or self.ends[0],
+            pad_token_id=self.processor.tokenizer.pad_token_id,
             suppress_tokens=image_tokens(load_config(first)) or None,
         )
         self.adapters: set[str] = set()

@@ -1,6 +1,5 @@
 """The vLLM engine: one copy of the base, every policy a LoRA request, all cells mixed in one queue."""
 
-import gc
 import importlib.util
 import os
 from collections import deque
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # an engine that can be asked what it did with an adapter
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU alone
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report what it runs to its makers
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 allows for max_lora_rank
 # Slots take max_lora_rank × slots × (sum of all layers' widths) numbers beside the weights. At rank 1,024 in all they
@@ -228,7 +228,6 @@ class VllmEngine:
 
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
-        gc.collect()
         cleanup_dist_env_and_memory()
 
 

@@ -1,6 +1,6 @@
 """How far each task of the mini stream can be answered without looking: a question-only baseline.
 
-    python -m mcit.data_prep.mini.baseline
+    python recipes/mini/baseline.py
 
 Logistic regression from the words of the prompt (options included) to the answer, fitted on the train part and scored
 on the test part like any model. A task is worth having only if tuning gets well above this.
@@ -10,9 +10,9 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
+from mcit.data_prep.mini import rationales, tasks
 from mcit.data_prep.schema import Sample
-
-from . import rationales, tasks
+from mcit.eval.scorers import get_scorer
 
 
 def question_only_answers(train: list[Sample], test: list[Sample]) -> list[str]:
@@ -25,8 +25,6 @@ def question_only_answers(train: list[Sample], test: list[Sample]) -> list[str]:
 
 
 def main() -> None:
-    from mcit.eval.scorers import get_scorer
-
     for name in rationales.TASKS:
         train, test = (list(getattr(tasks, name)(part)) for part in ("train", "test"))
         scorer = get_scorer({"spatial": "yes_no", "counting": "mcq", "grounding": "bbox"}.get(name, "short"))

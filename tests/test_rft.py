@@ -1,0 +1,192 @@
+"""A real GRPO stage on top of a supervised one, under lineage `stack`, with images and without."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from training import make_run, make_samples, tiny_model, tiny_processor
+
+import mcit.pipeline.rft as rft
+import mcit.pipeline.sft as sft
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_json, read_jsonl
+from mcit.data_prep.schema import Sample
+from mcit.pipeline.adapters import load_adapter
+from mcit.pipeline.collator import Collator
+from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.stage import run_stage
+
+RECIPE = """
+method: {reglora: {weight: 100}}
+train:
+  lora: {r: 4, alpha: 8, dropout: 0.1}
+  global_batch_size: 16
+  sft: {args: {learning_rate: 1e-2, lr_scheduler_type: constant, max_steps: 25, gradient_checkpointing: false}}
+  rft:
+    args: {learning_rate: 1e-3, beta: 0.1, num_generations: 4, max_completion_length: 6, max_steps: 3, logging_steps: 1,
+           temperature: 0.5, gradient_checkpointing: false}
+"""
+RFT = ("train.paradigm=rft",)
+IDS = torch.tensor([[10, 20, 30, 40, 50]])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Colours with images, taught in stage 1; the same again and a text-only task for stages 2 and 3."""
+    run = tmp_path_factory.mktemp("run")
+    samples = {"colour": make_samples("colour", 32), "again": make_samples("again", 12, seed=1)}
+    recipe = make_run(run, samples | {"words": make_samples("words", 12, images=0)}, RECIPE)
+    run_stage(load_recipe(recipe), 1, run, "sft", sft.make_trainer)
+    return run, recipe
+
+
+def copy_run(trained: tuple[Path, Path], to: Path) -> Path:
+    (to / "stages").mkdir(parents=True)
+    (to / "data").symlink_to(trained[0] / "data")
+    for name in ("00-base", "01-colour"):
+        (to / "stages" / name).symlink_to(trained[0] / "stages" / name)
+    return to
+
+
+def reinforce(run: Path, recipe: Path, k: int, *overrides: str) -> PeftModel:
+    kept: dict[str, Any] = {}
+
+    def make(entered: Any) -> Any:
+        kept["model"] = entered.model
+        return rft.make_trainer(entered)
+
+    run_stage(load_recipe(recipe, [*RFT, *overrides]), k, run, "rft", make)
+    return kept["model"].eval()
+
+
+def test_stack_with_grpo(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Reference = previous policy, base bit-identical, and the adapter on the untouched base is the policy."""
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    for k, (before, after) in enumerate([("01-colour", "02-again"), ("02-again", "03-words")], 2):
+        model = reinforce(run, recipe, k)
+        log = read_jsonl(run / "stages" / after / "train_log.jsonl")
+        assert abs(log[0]["kl"]) < 1e-4  # nats per token; the policy has not moved yet
+        assert max(abs(row["kl"]) for row in log[1:-1]) > 0
+        assert any(row["reward_std"] > 0 for row in log[:-1])
+        with torch.no_grad():
+            served = PeftModel.from_pretrained(tiny_model(), run / "stages" / after / "adapter").eval()
+            torch.testing.assert_close(served(input_ids=IDS).logits, model(input_ids=IDS).logits, rtol=0, atol=1e-4)
+            entered = PeftModel.from_pretrained(tiny_model(), run / "stages" / before / "adapter").eval()
+            with model.disable_adapter():
+                torch.testing.assert_close(
+                    model(input_ids=IDS).logits, entered(input_ids=IDS).logits, rtol=0, atol=1e-4
+                )
+        state = {
+            re.sub(r"^base_model\.model\.|\.base_layer", "", name): tensor
+            for name, tensor in model.state_dict().items()
+            if "lora_" not in name
+        }
+        untouched = tiny_model().state_dict()
+        assert state.keys() == untouched.keys() and all(torch.equal(state[name], untouched[name]) for name in untouched)
+        delta = load_adapter(run / "stages" / after / "delta")
+        assert len(delta) == 35 and any(factors.b.any() for factors in delta.values())
+    assert read_json(run / "stages" / "03-words" / "serving.json")["rank"] == 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lineage", ["stack", "fold", "continue"])
+@pytest.mark.parametrize("reference", ["previous", "base", "none"])
+def test_every_reference_with_every_lineage(
+    trained: tuple[Path, Path], tmp_path: Path, lineage: str, reference: str
+) -> None:
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    overrides = ["method={}", f"train.lineage={lineage}", f"train.reference={reference}"]
+    reinforce(run, recipe, 2, *overrides, *(["train.rft.args.beta=0.0"] if reference == "none" else []))
+    first = read_jsonl(run / "stages" / "02-again" / "train_log.jsonl")[0]
+    if reference == "none":
+        assert "kl" not in first
+    elif reference == "previous":
+        assert abs(first["kl"]) < 1e-4
+    else:
+        assert first["kl"] > 1e-2  # stage 1 moved the policy away from the base
+
+
+def test_the_penalty_does_not_depend_on_the_accumulation_split(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """16 × 1 against 4 × 4: the same rollouts, the same RegLoRA term, the same weights."""
+    runs = [copy_run(trained, tmp_path / name) for name in ("whole", "split")]
+    for run, per_device in zip(runs, (16, 4), strict=True):
+        settings = {"per_device_train_batch_size": per_device, "optim": "sgd", "learning_rate": 0.2}
+        reinforce(run, trained[1], 2, *(f"train.rft.args.{key}={value}" for key, value in settings.items()))
+    logs = [read_jsonl(run / "stages" / "02-again" / "train_log.jsonl")[:-1] for run in runs]
+    for key in ("loss", "reglora_loss", "reward", "grad_norm"):  # TRL logs kl as a mean over micro-batches
+        assert [row[key] for row in logs[0]] == pytest.approx([row[key] for row in logs[1]], rel=1e-3, abs=1e-6), key
+    assert logs[0][0]["reglora_loss"] == 0 < logs[0][-1]["reglora_loss"]
+    adapters = [load_adapter(run / "stages" / "02-again" / "adapter") for run in runs]
+    for name, factors in adapters[0].items():
+        torch.testing.assert_close(factors.delta(), adapters[1][name].delta(), rtol=0, atol=1e-5)
+
+
+def test_a_wrong_reference_is_noticed(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    right = rft.set_reference
+    wrong = lambda model, previous, train: right(model, previous, train.model_copy(update={"reference": "base"}))  # noqa: E731
+    monkeypatch.setattr(rft, "set_reference", wrong)
+    with pytest.raises(RuntimeError, match="the first KL to the previous policy is"):
+        reinforce(run, recipe, 2)
+    assert not (run / "stages" / "02-again").exists()
+
+
+def absolute(samples: list[Sample], run: Path) -> list[Sample]:
+    folder = run / "data" / samples[0]["task"]
+    return [{**sample, "images": [str(folder / image) for image in sample["images"]]} for sample in samples]
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_rollouts_start_from_the_training_prompt(trained: tuple[Path, Path], images: int) -> None:
+    """TRL's own tokenization of our rows against the collator's prompt."""
+    from trl import GRPOTrainer
+    from trl.data_utils import prepare_multimodal_messages
+
+    samples = absolute(make_samples("colour", 3, images=images), trained[0])
+    rows = [rft.prompt_dataset(samples)[i] for i in range(3)]
+    prompts = [row["prompt"] for row in rows]
+    if images:
+        prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
+    trainer = GRPOTrainer.__new__(GRPOTrainer)  # only for its method; building one needs a model
+    trainer.processing_class, trainer._is_vlm, trainer.tools = tiny_processor(), True, []
+    trainer.environment_factories, trainer.chat_template, trainer.chat_template_kwargs = None, None, {}
+    ids, _, fields = trainer._tokenize_prompts(prompts)
+    for row, sample in zip(ids, samples, strict=True):
+        batch = Collator(tiny_processor(), [sample], 1000)([{"index": 0}])
+        prompt = batch["input_ids"][0][batch["labels"][0] == -100]
+        assert list(row) == prompt.tolist()
+    assert ("pixel_values" in fields) == bool(images)
+
+
+def test_rewards_are_the_evaluations_own() -> None:
+    [sample] = make_samples("colour", 1)
+    gold = sample["references"][0]
+    task = {"scorer": "short", "reward": "same"}
+    accuracy, form = rft.reward_functions({"colour": task}, ["accuracy", "format"], {7, 8})
+    long = "It might be one colour or the other, who knows, and then again it might not."
+    answers = [(gold, [3, 7]), (gold, [3, 3]), ("nothing", [3, 8]), (long, [7]), ("", [])]
+    completions = [[{"role": "assistant", "content": text}] for text, _ in answers]
+    call = {"completions": completions, "completion_ids": [ids for _, ids in answers], "sample": [sample] * 5}
+    assert accuracy(**call, prompts=None) == [1, 0, 0, 0, 0]  # the second was cut off before its end
+    assert form(**call, prompts=None) == [1, 0, 1, 0, 0]
+    assert [function.__name__ for function in (accuracy, form)] == ["accuracy", "format"]
+
+
+def test_mistakes_are_one_clear_line(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    with pytest.raises(InputError, match="train.rft.args.beta: train.reference is `none` and beta is 0.1"):
+        reinforce(run, recipe, 2, "train.reference=none")
+    with pytest.raises(InputError, match="12 samples do not fill one generation batch of 32 prompts"):
+        reinforce(run, recipe, 2, "train.global_batch_size=128")
+    with pytest.raises(InputError, match=r"train.rft.args: generation_batch_size \(16\) must be divisible"):
+        reinforce(run, recipe, 2, "train.rft.args.num_generations=3")
+    with pytest.raises(InputError, match="train.rft.args.use_vllm: is set by the pipeline"):
+        reinforce(run, recipe, 2, "train.rft.args.use_vllm=true")
+    mixed = recipe.with_name("mixed.yaml")
+    mixed.write_text(recipe.read_text().replace("method:", "  - [again, words]\nmethod:"))
+    (run / "stages" / "03-words").symlink_to(trained[0] / "stages" / "01-colour")
+    with pytest.raises(InputError, match=r"stage again\+words: some samples have images and some have none"):
+        reinforce(run, mixed, 4)

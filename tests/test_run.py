@@ -1,0 +1,364 @@
+"""The sequence runner on the real parts: killed, continued, changed, locked. The tiny model learns nothing here."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_json, read_jsonl
+from mcit.pipeline.child import ChildFailed, run_child
+from mcit.pipeline.layers import RECIPES
+from mcit.pipeline.locks import holder, locked
+from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.run import perform_steps, show_results, start_run, train_stage
+from mcit.pipeline.status import read_run, run_status
+from mcit.pipeline.step import Launch
+from mcit.pipeline.steps import Run
+from mcit.pipeline.terminal import Terminal
+
+TINY = RECIPES / "mini" / "tiny_vlm"
+COLOURS = ("red", "green", "blue", "white")
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has buried yet does not."""
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+# --- Children and locks -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def descriptor(tmp_path: Path) -> Iterator[int]:
+    with locked(tmp_path / "x.lock", "x") as number:
+        yield number
+
+
+def shell(script: str, tmp_path: Path, descriptor: int) -> list[str]:
+    """Run a shell script as a child; returns the lines it showed."""
+    lines: list[str] = []
+    run_child(["sh", "-c", script], tmp_path / "logs" / "x.log", os.environ, lines.append, descriptor)
+    return lines
+
+
+def test_a_child_s_lines_are_shown_and_logged(tmp_path, descriptor):
+    assert shell(r"printf 'one\r two\r\n\nthree'; echo four >&2", tmp_path, descriptor) == ["one", "two", "threefour"]
+    assert (tmp_path / "logs" / "x.log").read_bytes() == b"one\r two\r\n\nthreefour\n"
+
+
+def test_bad_input_that_a_child_found_is_passed_on(tmp_path, descriptor):
+    with pytest.raises(InputError, match=r"^a\.json: is empty$"):
+        shell(
+            "echo loading; echo 'error: a.json: is empty'; echo Traceback of the launcher; exit 1", tmp_path, descriptor
+        )
+
+
+def test_a_child_that_fails_leaves_its_last_lines_and_the_log(tmp_path, descriptor):
+    with pytest.raises(ChildFailed) as failure:
+        shell("seq 100; exit 3", tmp_path, descriptor)
+    text = str(failure.value)
+    assert "\n100\nexit code 3" in text and str(tmp_path / "logs" / "x.log") in text and "\n85\n" not in text
+
+
+def test_an_interrupt_stops_the_child_and_its_children(tmp_path, descriptor):
+    def interrupt(line: str) -> None:
+        pids.append(int(line))
+        if len(pids) == 2:
+            raise KeyboardInterrupt
+
+    pids: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        run_child(
+            ["sh", "-c", "sleep 60 & echo $!; echo $$; wait"], tmp_path / "log", os.environ, interrupt, descriptor
+        )
+    wait_for(lambda: not any(map(alive, pids)), 10)
+
+
+PARENT = """
+    import os, sys
+    from pathlib import Path
+    from mcit.pipeline.child import run_child
+    from mcit.pipeline.locks import locked
+
+    folder = Path(sys.argv[1])
+    with locked(folder / "x.lock", "step x") as descriptor:
+        show = lambda line: (folder / "pid").write_text(line)
+        run_child(["sh", "-c", sys.argv[2]], folder / "log", os.environ, show, descriptor)
+"""
+
+
+def start_parent(tmp_path: Path, script: str) -> tuple[subprocess.Popen[bytes], int]:
+    """A process that holds a lock and runs a child, and the pid that the child printed."""
+    parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(PARENT), str(tmp_path), script])
+    wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    return parent, int((tmp_path / "pid").read_text())
+
+
+def test_what_a_killed_run_left_is_stopped_and_waited_for(tmp_path):
+    # The child takes a second to stop, and the lock must not be had before that.
+    parent, child = start_parent(tmp_path, "trap 'sleep 1; exit' TERM; echo $$; while :; do sleep 0.1; done")
+    assert alive(child)
+    parent.kill()
+    parent.wait()
+    with locked(tmp_path / "x.lock", "step x"):
+        assert not alive(child)
+
+
+def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
+    parent, child = start_parent(tmp_path, "echo $$; exec sleep 60")
+    try:
+        assert holder(tmp_path / "x.lock") == read_json(tmp_path / "x.lock")
+        with pytest.raises(InputError, match=f"step x is being done by process {parent.pid} on "):
+            with locked(tmp_path / "x.lock", "step x"):
+                pass
+    finally:
+        parent.terminate()
+        parent.wait()
+    wait_for(lambda: not alive(child), 10)
+    assert holder(tmp_path / "x.lock") is None
+
+
+def test_launchers():
+    assert Launch.named("zero2", 4).command(Path("sft.py"))[3:] == [
+        "--config_file",
+        str(RECIPES / "accelerate" / "zero2.yaml"),
+        "--num_processes",
+        "4",
+        "sft.py",
+    ]
+    with pytest.raises(InputError, match=r"--launch zero: no such launch configuration\. Did you mean `zero2`"):
+        Launch.named("zero")
+    with pytest.raises(InputError, match="starts one process, not 2"):
+        Launch.named("single", 2)
+
+
+# --- A whole run ------------------------------------------------------------------------------------------------------
+
+
+def write_data(path: Path, answers: list[str]) -> None:
+    """LLaVA JSON with one small picture a sample."""
+    rows = []
+    for number, answer in enumerate(answers):
+        Image.new("RGB", (28, 28 + number), COLOURS[number % 4]).save(path.parent / f"{path.stem}-{number}.png")
+        question = "<image>\nWhich colour is it?\nAnswer the question using a single word or phrase."
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(number), "image": f"{path.stem}-{number}.png", "conversations": turns})
+    path.write_text(json.dumps(rows))
+
+
+RECIPE = f"""
+name: two
+base_model: {{path: {TINY}, dtype: float32}}
+stream:
+  - {{name: first, train: first.json, test: 0.25, style: short}}
+  - {{name: second, train: second.json, test: 0.25, style: short}}
+train: {{lora: {{r: 2, alpha: 4, dropout: 0}}, global_batch_size: 2, sft: {{args: {{max_steps: 1}}}}}}
+eval: {{engine: transformers, max_new_tokens: 4}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """A recipe with two tasks, in a folder with a cache of its own."""
+    folder = tmp_path_factory.mktemp("run")
+    for name in ("first", "second"):
+        write_data(folder / f"{name}.json", [COLOURS[i % 4] for i in range(8)])
+    (folder / "two.yaml").write_text(RECIPE)
+    before = dict(os.environ)
+    os.environ |= {"MCIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    yield folder
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def quiet() -> Terminal:
+    return Terminal(Console(record=True, file=open(os.devnull, "w"), width=200))
+
+
+def open_run(folder: Path, *overrides: str, terminal: Terminal | None = None) -> Run:
+    return start_run(
+        load_recipe(folder / "two.yaml", overrides), folder / "run", Launch.named("single"), terminal or quiet()
+    )
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    """When each file that a step made was written; locks and logs say nothing about that."""
+    files = (file for file in (folder / "run").rglob("*") if file.is_file() and file.suffix not in (".lock", ".log"))
+    return {str(file.relative_to(folder / "run")): file.stat().st_mtime_ns for file in files}
+
+
+def states(run: Run) -> dict[str, str]:
+    return {step["name"]: step["state"] for step in run_status(run)["steps"]}
+
+
+def start_mcit(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from mcit.pipeline.cli import main; main()"]
+    return subprocess.Popen([*command, "run", "two.yaml", "--run-dir", "run"], cwd=folder, stdout=subprocess.DEVNULL)
+
+
+def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], object]) -> None:
+    wait_for(lambda: condition() or process.poll() is not None)
+    assert process.poll() is None, "it ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_run_continues_from_the_last_finished_step(folder):
+    perform_steps(open_run(folder), open_run(folder).preparation(), quiet())
+    run = read_run(folder / "run")
+    assert states(run)["check"] == "done" and states(run)["train/1"] == "left"
+
+    prepared = stamps(folder)
+    kill_when(start_mcit(folder), (folder / "run" / "logs" / "train-1.log").exists)  # inside stage 1
+    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None, 30)
+    assert states(run)["train/1"] == "left"
+    assert {name: stamps(folder)[name] for name in prepared} == prepared
+
+    first = folder / "run" / "stages" / "01-first"
+    first.mkdir(exist_ok=True)  # as if the kill had come a moment later: a stage without its marker does not count
+    (first / "serving.json").write_text("{}")
+    (first.parent / ".01-first.partial").mkdir(exist_ok=True)
+    (first.parent / "01-renamed").mkdir()
+    kill_when(start_mcit(folder), (first / "done.json").exists)  # between stages 1 and 2, or early in 2
+    trained = stamps(folder)
+    assert states(run)["train/1"] == "done" and states(run)["train/2"] == "left"
+    assert sorted(path.name for path in first.parent.glob("*01-*")) == ["01-first"]
+
+    perform_steps(open_run(folder), open_run(folder).steps(), quiet())
+    assert set(states(run).values()) == {"done"}
+    kept = {name: at for name, at in trained.items() if name.startswith(("stages/00", "stages/01"))}
+    assert {name: stamps(folder)[name] for name in kept} == kept and len(kept) > 5
+
+
+def test_the_files_of_a_finished_run(folder):
+    run = folder / "run"
+    results = read_json(run / "results.json")
+    assert [stage["name"] for stage in results["stages"]] == ["base", "first", "second"]
+    assert len(results["matrix"]) == 3 and all(score is not None for row in results["matrix"] for score in row)
+    assert results["learned"] == {"first": 1, "second": 2}
+    assert (run / "report" / "index.html").exists() and (run / "report" / "matrix.png").exists()
+    assert len(read_jsonl(run / "predictions" / "02" / "first.jsonl")) == 2
+    assert read_json(run / "status.json")["state"] == "done"
+    assert read_json(run / "environment.json")["packages"]["torch"]
+    markers = [read_json(run / "stages" / name / "done.json") for name in ("00-base", "01-first", "02-second")]
+    assert [marker["policy"] for marker in markers] == results["hashes"]["policies"]
+    assert markers[1]["inputs"]["policy"] == markers[0]["policy"] and markers[1]["seconds"] > 0
+
+
+def test_a_finished_run_has_nothing_to_do(folder):
+    before, terminal = stamps(folder), quiet()
+    run = open_run(folder, terminal=terminal)
+    perform_steps(run, run.steps(), terminal)
+    show_results(run, terminal)
+    assert stamps(folder) == before
+    shown = terminal.console.export_text()
+    assert shown.count("nothing to do") == len(run.steps()) and "✓" not in shown
+    assert "after stage" in shown and "MFT" in shown and "index.html" in shown
+
+
+def test_what_is_redone_follows_from_what_changed(folder):
+    """By fingerprints alone, without doing it."""
+
+    def left(*overrides: str) -> list[str]:
+        run = Run(load_recipe(folder / "two.yaml", overrides), folder / "run", Launch.named("single"))
+        return [name for name, state in states(run).items() if state == "left"]
+
+    evaluation = ["evaluate", "results", "report"]
+    assert left() == []
+    assert left("name=other") == ["results", "report"]
+    assert left("eval.max_new_tokens=5") == evaluation
+    assert left("train.rft.args.beta=0.1") == ["check", "train/1", "train/2", *evaluation]  # not checked yet
+    assert left("stream.second.overrides.lora.r=4") == ["check", "train/1", "train/2", *evaluation]
+    assert left("stream.first.test=0.5")[0] == "prepare/first"
+
+
+def test_changing_one_stage_redoes_it_and_what_follows(folder):
+    before, terminal = stamps(folder), quiet()
+    rows = json.loads((folder / "second.json").read_text())
+    rows[0]["conversations"][1]["value"] = rows[4]["conversations"][1]["value"] = "black"
+    (folder / "second.json").write_text(json.dumps(rows))
+    run = open_run(folder, terminal=terminal)
+    perform_steps(run, run.steps(), terminal)
+    after = stamps(folder)
+    assert {name for name in before if name.startswith(("stages/00", "stages/01", "predictions/00/first"))} <= {
+        name for name in before if before[name] == after[name]
+    }
+    assert before["stages/02-second/done.json"] < after["stages/02-second/done.json"]
+    assert before["predictions/02/first.jsonl"] < after["predictions/02/first.jsonl"]
+    assert before["results.json"] < after["results.json"]
+    assert (
+        "train stage 2/2 second and what follows: again, because this changed: data.second"
+        in terminal.console.export_text()
+    )
+
+
+def test_a_step_that_another_process_does_is_left_alone(folder):
+    run = open_run(folder, "seed=7")
+    perform_steps(run, run.preparation(), quiet())
+    step = run.training()[0]
+    code = "import sys, time\nfrom pathlib import Path\nfrom mcit.pipeline.locks import locked\n"
+    code += "with locked(Path(sys.argv[1]), ''):\n print('held', flush=True)\n time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(run.lock(step))], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        try:
+            assert states(run)["train/1"] == "running"
+            with pytest.raises(InputError, match=f"train stage 1/2 first of .* being done by process {other.pid}"):
+                perform_steps(run, [step], quiet())
+        finally:
+            other.kill()
+
+
+def test_a_stage_needs_the_one_before_it(folder):
+    run = open_run(folder, "seed=8")
+    with pytest.raises(InputError, match="stage 1 is not done"):
+        train_stage(run, 2, quiet())
+    with pytest.raises(InputError, match="the stream has stages 1 to 2"):
+        train_stage(run, 3, quiet())
+
+
+def test_another_recipe_in_a_run_directory_is_said(folder):
+    terminal = quiet()
+    open_run(folder, "name=else", terminal=terminal)
+    assert "was made by the recipe two: what fits else is kept" in terminal.console.export_text()
+
+
+# --- Bad input, before anything is trained ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["stream.first.train=nowhere.json"], r"nowhere\.json: stream\.first\.train: no such file"),
+        (["stream.first.images=nowhere"], r"nowhere: stream\.first\.images: no such folder"),
+        (["base_model.path=./nowhere"], r"nowhere.*: no such model folder"),
+        (["train.sft.args.learning_rat=1"], r"train\.sft\.args\.learning_rat: .*Did you mean `learning_rate`"),
+        (["train.max_length=20"], r"first: train sample \d+: has \d+ tokens, images included, but only 20 fit"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_training(folder, overrides, line):
+    shutil.rmtree(folder / "bad", ignore_errors=True)
+    with pytest.raises(InputError, match=line):
+        run = start_run(load_recipe(folder / "two.yaml", overrides), folder / "bad", Launch.named("single"), quiet())
+        perform_steps(run, run.preparation(), quiet())
+    assert not (folder / "bad" / "data").exists()
