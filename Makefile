@@ -16,7 +16,7 @@ install: .venv/installed-$(VARIANT)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcit needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --override overrides-$(VARIANT).txt -e ".[$(VARIANT),deepspeed,dev]"
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt --override overrides-$(VARIANT).txt -e ".[$(VARIANT),deepspeed,dev]"
 	touch $@
 
 # The main job on the embedded model: two methods over the mini stream, then both side by side.

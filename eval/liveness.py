@@ -145,7 +145,7 @@ def _judge(policy: Policy, engine: str, served: Scores, reference: Scores | None
     who = "the base" if serving.kind == "base" else f"stage {serving.stage} ({serving.name})"
     everything = [*mine, *(reference or {}).get(serving.hash, ())]
     if not all(math.isfinite(value) for scored in everything for value in scored.logprobs):
-        result["note"] = f"{who}: some log-probabilities are not finite: its weights are broken, or {dtype} is too small"
+        result["note"] = f"{who}: some log-probabilities are not finite: broken weights, or too much for {dtype}"
         return result
     if serving.kind != "base":
         base = served.get(serving.base_hash) or (reference or {}).get(serving.base_hash)

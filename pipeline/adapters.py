@@ -6,14 +6,14 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
@@ -41,7 +41,8 @@ def lora_layers(model: PeftModel, adapter: str = "default") -> Iterator[tuple[st
     """The live factors of `adapter`: (module name in the base model, A [r, in], B [out, r], scaling)."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
-            yield name, module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
+            a, b = cast(nn.Linear, module.lora_A[adapter]), cast(nn.Linear, module.lora_B[adapter])
+            yield name, a.weight, b.weight, module.scaling[adapter]
 
 
 def live_adapter(model: PeftModel, adapter: str = "default") -> Adapter:
@@ -166,7 +167,7 @@ def hash_adapter(folder: Path) -> str:
 def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
+            for key in file.keys():
                 yield key, file.get_tensor(key)
     except FileNotFoundError:
         raise InputError("no such file", where=path) from None

@@ -15,6 +15,7 @@ from mcit.data_prep.errors import InputError
 # Reads the child's process group, then waits for a second line that says the child has ended. If this process dies
 # first, by whatever signal, the pipe closes instead: the group is asked to stop, and killed if it does not.
 _WATCHDOG = 'read group; read ended || { kill -s TERM -- "-$group"; sleep 30; kill -s KILL -- "-$group"; }'
+_EXIT_2 = re.compile(r"exit status 2\b|exitcode\s*: 2\b")  # what accelerate and torch say of a process that exits 2
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
@@ -31,18 +32,19 @@ def run_child(
     too is gone. Raises `InputError` with the child's own line if it refused its input, otherwise `ChildFailed`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    last: deque[str] = deque(maxlen=15)
+    last: deque[str] = deque(maxlen=100)
+    refused = None
     with open(log, "wb") as file, _watched(command, env, keep_open) as child:
         assert child.stdout is not None
         for line in _lines(child.stdout, file):
             last.append(line)
-            show(line)
+            refused = line.removeprefix("error: ") if line.startswith("error: ") else refused
+            show(line.strip())
         code = child.wait()
     if code:
-        refused = [line for line in last if line.startswith("error: ")]
-        if refused:
-            raise InputError(refused[-1].removeprefix("error: "))
-        raise ChildFailed("\n".join([*last, f"exit code {code}; the whole log: {log}"]))
+        if refused and (code == 2 or any(map(_EXIT_2.search, last))):
+            raise InputError(refused)
+        raise ChildFailed("\n".join([*_without_launcher(list(last))[-15:], f"exit code {code}; the whole log: {log}"]))
 
 
 @contextlib.contextmanager
@@ -88,6 +90,13 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
             return
 
 
+def _without_launcher(lines: list[str]) -> list[str]:
+    """The lines without the traceback in which the launcher only says that its script has failed."""
+    starts = [place for place, line in enumerate(lines) if line.startswith("Traceback ")]
+    of_launcher = starts and any("accelerate/commands/launch.py" in line for line in lines[starts[-1] :])
+    return lines[: starts[-1]] if of_launcher else lines
+
+
 def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
     """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`."""
     rest = b""
@@ -95,6 +104,6 @@ def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
         log.write(chunk)
         log.flush()
         *lines, rest = _LINE_END.split(rest + chunk)
-        yield from (line.decode(errors="replace").strip() for line in lines if line.strip())
+        yield from (line.decode(errors="replace").rstrip() for line in lines if line.strip())
     if rest.strip():
-        yield rest.decode(errors="replace").strip()
+        yield rest.decode(errors="replace").rstrip()

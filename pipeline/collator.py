@@ -1,4 +1,4 @@
-"""From samples to a training batch: the evaluation's own prompt, then the assistant's turns, and loss on these alone."""
+"""From samples to a training batch: the evaluation's own prompt, then the assistant's turns; loss on these alone."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -6,14 +6,12 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mcit.data_prep.chat import to_chat
+from mcit.data_prep.chat import open_image, render_chat, tokenizer_options
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.images import load_image
-from mcit.data_prep.schema import Sample
+from mcit.data_prep.schema import Message, Sample
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -33,9 +31,8 @@ class Collator:
         self.processor, self.samples, self.max_length = processor, samples, max_length
         self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
         # A template may close no assistant turn (LLaVA-1.5's does not): then the end-of-sequence token does.
-        question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
-        answer = {"role": "assistant", "content": [{"type": "text", "text": "!"}]}
-        left_open = self._render([question, answer], False).rstrip().endswith("!")
+        turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        left_open = render_chat(processor, turns, 0, add_generation_prompt=False).rstrip().endswith("!")
         self.end_of_turn = self.tokenizer.eos_token if left_open else ""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -54,7 +51,7 @@ class Collator:
             group = [i for i, sample in enumerate(samples) if bool(sample["images"]) == with_images]
             if group:
                 prompts = [pieces[i][0] for i in group]
-                pictures = [[load_image(path) for path in samples[i]["images"]] for i in group]
+                pictures = [[open_image(path) for path in samples[i]["images"]] for i in group]
                 encoded, fields = self._prompts(prompts, pictures if with_images else None)
                 images |= fields
                 for i, row in zip(group, encoded, strict=True):
@@ -67,25 +64,17 @@ class Collator:
 
     def pieces(self, sample: Sample) -> list[str]:
         """The rendered dialogue, cut: prompt, assistant turn, what leads to the next one, assistant turn, …"""
-        messages = [*sample["prompt"], *sample["completion"]]
-        if self.end_of_turn:
-            messages = [
-                {**message, "content": message["content"] + self.end_of_turn}  # type: ignore[misc]
-                if message["role"] == "assistant"
-                else message
-                for message in messages
-            ]
-        chat = to_chat(messages, len(sample["images"]))
+        ends = {"assistant": self.end_of_turn}
+        completion: list[Message] = [
+            {**turn, "content": turn["content"] + ends.get(turn["role"], "")} for turn in sample["completion"]
+        ]
+        messages = [*sample["prompt"], *completion]
         pieces: list[str] = []
         done = ""
-        for turn in range(len(sample["prompt"]), len(chat)):
-            if chat[turn]["role"] != "assistant":
+        for turn in range(len(sample["prompt"]), len(messages)):
+            if messages[turn]["role"] != "assistant":
                 continue
-            try:
-                before = self._render(chat[:turn], True)
-                after = self._render(chat[: turn + 1], False).rstrip()
-            except TemplateError as error:
-                raise InputError(f"the chat template refuses it: {error}", where=_place(sample)) from None
+            before, after = self._render(sample, messages[:turn], True), self._render(sample, messages[: turn + 1])
             if not (before.startswith(done) and after.startswith(before)):
                 raise InputError(
                     f"the chat template renders turn {turn} differently when more turns follow",
@@ -98,19 +87,18 @@ class Collator:
             raise InputError("the completion has no assistant turn", where=_place(sample))
         return pieces
 
-    def _render(self, chat: list[Any], generation_prompt: bool) -> str:
-        return self.processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=generation_prompt)
+    def _render(self, sample: Sample, messages: list[Message], generation_prompt: bool = False) -> str:
+        images = len(sample["images"])
+        try:
+            text = render_chat(self.processor, messages, images, add_generation_prompt=generation_prompt)
+        except InputError as error:
+            raise InputError(str(error), where=_place(sample)) from None
+        return text if generation_prompt else text.rstrip()
 
     def _prompts(self, texts: list[str], images: Any) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Token fields [length] of each prompt, and the image tensors of all."""
-        bos = self.tokenizer.bos_token
-        batch = self.processor(
-            text=texts,
-            images=images,
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=not (bos and texts[0].startswith(bos)),  # as apply_chat_template(tokenize=True)
-        )
+        options = tokenizer_options(self.processor, texts[0])
+        batch = self.processor(text=texts, images=images, padding=True, return_tensors="pt", **options)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         is_token_field = {
             key: value.shape == ids.shape and not value.is_floating_point() for key, value in batch.items()

@@ -262,6 +262,7 @@ def _place(layers: Layers, key: str) -> list[Any]:
     """`stream.digits.train` → ["stream", 0, "train"]: where a dotted key leads in the merged mapping."""
     keys: list[Any] = []
     here: Any = layers.values
+    place: list[Any] | None
     for part in key.split("."):
         if isinstance(here, list):
             place = _task_place(here, part) if keys[0] == "stream" else None

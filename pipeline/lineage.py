@@ -53,7 +53,7 @@ class PastLinear(nn.Linear):
 
 
 def target_names(model: "PreTrainedModel", modules: "ModulesConfig") -> list[str]:
-    """Full names of the linear layers that get LoRA, found from the model itself. Raises `InputError` if there are none.
+    """Full names of the linear layers that get LoRA, from the model itself. Raises `InputError` if there are none.
 
     The language model's linear layers without the output head, and, where `modules` asks for them, those of the
     projector and of the vision tower.
@@ -93,7 +93,10 @@ def enter(model: "PreTrainedModel", previous: Path | None, train: "TrainConfig")
         fold(model, past)
     names = target_names(model, train.modules)
     config = LoraConfig(
-        r=train.lora.r, lora_alpha=train.lora.alpha, lora_dropout=train.lora.dropout, target_modules=pattern(names)
+        r=train.lora.r,
+        lora_alpha=train.lora.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r
+        lora_dropout=train.lora.dropout,
+        target_modules=pattern(names),
     )
     peft = get_peft_model(model, config)
     if train.lineage == "continue" and past:

@@ -57,9 +57,7 @@ class RftSection(Config):
     """`train.rft:`. `args` go to `trl.GRPOConfig`; `rewards` weighs the scorer's accuracy and the format."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-    rewards: dict[Literal["accuracy", "format"], float] = Field(
-        default_factory=lambda: {"accuracy": 0.9, "format": 0.1}
-    )
+    rewards: dict[Literal["accuracy", "format"], float] = Field(default={"accuracy": 0.9, "format": 0.1})
 
 
 class TrainConfig(Config):

@@ -3,21 +3,21 @@
 accelerate launch --config_file recipes/accelerate/single.yaml pipeline/rft.py --recipe R --stage 1
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from mcit.data_prep.chat import to_chat
+from mcit.data_prep.chat import open_image, to_chat
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.images import load_image
 from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.eval.scorers import get_scorer
 from mcit.eval.scoring import Score, score_response
+from mcit.pipeline.arguments import make_config
 from mcit.pipeline.lineage import set_reference
-from mcit.pipeline.stage import Entered, main, make_config, trainer_arguments
+from mcit.pipeline.stage import Entered, main
 from mcit.pipeline.trainer import MethodLoss
 
 KL_AT_START = 1e-4  # nats per token; the previous policy is the entering one, so only rounding may separate them
@@ -39,9 +39,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
         )
     entered.processor.tokenizer.padding_side = "left"  # generation; right padding corrupts Qwen's positions
     rewards = {name: weight for name, weight in train.rft.rewards.items() if weight}
-    defaults = {"disable_dropout": True}  # dropout would make policy and reference differ by noise
-    arguments = trainer_arguments(entered, train.rft.args, defaults) | {"reward_weights": list(rewards.values())}
-    args = make_config(GRPOConfig, arguments, "rft")
+    args = make_config(GRPOConfig, entered, {"reward_weights": list(rewards.values())})
     prompts = args.generation_batch_size // args.num_generations
     if len(entered.samples) < prompts:
         raise InputError(
@@ -66,7 +64,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
 
 
 def prompt_dataset(samples: Sequence[Sample]) -> Dataset:
-    """Rows of `prompt` (the chat that evaluation renders), `sample`, and, with images, `images` opened when asked for."""
+    """Rows of `prompt` (the chat that evaluation renders), `sample` and, if there are any, `images`, opened late."""
 
     def rows(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         chosen = [samples[i] for i in batch["index"]]
@@ -75,15 +73,13 @@ def prompt_dataset(samples: Sequence[Sample]) -> Dataset:
             "sample": chosen,
         }
         if chosen[0]["images"]:
-            columns["images"] = [[load_image(path) for path in sample["images"]] for sample in chosen]
+            columns["images"] = [[open_image(path) for path in sample["images"]] for sample in chosen]
         return columns
 
     return Dataset.from_dict({"index": list(range(len(samples)))}).with_transform(rows)
 
 
-def reward_functions(
-    tasks: Mapping[str, PreparedTask], names: Sequence[str], end_tokens: set[int]
-) -> list[Callable[..., list[float]]]:
+def reward_functions(tasks: Mapping[str, PreparedTask], names: Sequence[str], end_tokens: set[int]) -> list[Any]:
     """The rewards `names` in [0, 1], each by the scorer of the sample's own task, as TRL calls them.
 
     `accuracy` is the evaluation's score, so an answer in the wrong form earns none; `format` is 1 for the right form.

@@ -23,6 +23,7 @@ from .terminal import Terminal
 def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> Run:
     """Make or take up a run directory: the base model's revision is pinned, recipe and environment are written."""
     _check_files(recipe)
+    _check_batches(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     run, before = Run(recipe, run_dir.resolve(), launch), _recipe_before(run_dir)
     if before and before.get("name") != recipe.name:
@@ -77,6 +78,17 @@ def _check_files(recipe: Recipe) -> None:
                 raise InputError("no such file", where=source, field=f"stream.{task.name}.{key}")
         if task.images is not None and not Path(task.images).is_dir():
             raise InputError("no such folder", where=task.images, field=f"stream.{task.name}.images")
+
+
+def _check_batches(recipe: Recipe, launch: Launch) -> None:
+    """Refuse a global batch that does not divide by this launch's processes, whichever stage has it."""
+    for stage in recipe.stages:
+        args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
+        per_device = args.get("per_device_train_batch_size")
+        if per_device or launch.processes > 1:
+            from .arguments import split_batch  # here: needs torch
+
+            split_batch(stage.train.global_batch_size, launch.processes, per_device)
 
 
 def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:

@@ -9,8 +9,9 @@ from datasets import Dataset
 from torch.utils.data import Sampler
 from trl import SFTConfig, SFTTrainer
 
+from mcit.pipeline.arguments import make_config
 from mcit.pipeline.collator import Collator
-from mcit.pipeline.stage import Entered, main, make_config, trainer_arguments
+from mcit.pipeline.stage import Entered, main
 from mcit.pipeline.trainer import GlobalBatchSampler, MethodLoss
 
 
@@ -27,16 +28,16 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args
         global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return GlobalBatchSampler(len(self.train_dataset), global_batch, args.seed)
+        size = len(self.train_dataset)  # type: ignore[arg-type]
+        return GlobalBatchSampler(size, global_batch, args.seed)
 
 
 def make_trainer(entered: Entered) -> StageSFTTrainer:
     """The trainer of a stage: our collator on whole global batches, nothing packed or truncated."""
-    owned = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    arguments = trainer_arguments(entered, entered.stage.train.sft.args, owned)
+    own = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
     return StageSFTTrainer(
         model=entered.model,
-        args=make_config(SFTConfig, arguments, "sft"),
+        args=make_config(SFTConfig, entered, own),
         data_collator=Collator(entered.processor, entered.samples, entered.max_length),
         train_dataset=Dataset.from_dict({"index": list(range(len(entered.samples)))}),
         processing_class=entered.processor,

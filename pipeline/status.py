@@ -37,7 +37,9 @@ def run_status(run: Run) -> Status:
     steps: list[StepStatus] = []
     for step in run.steps():
         owner = holder(run.lock(step))
-        marker = None if owner else step.done()
+        # Results and report can be had of what there is; they are not done before everything else is.
+        early = step.name in ("results", "report") and any(before["state"] == "left" for before in steps)
+        marker = None if owner or early else step.done()
         state: State = "running" if owner else "done" if marker else "left"
         seconds = marker["seconds"] if marker else None
         steps.append({"name": step.name, "title": step.title, "state": state, "seconds": seconds, "owner": owner})

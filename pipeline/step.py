@@ -20,7 +20,7 @@ class Launch:
     """How training is started; no part of any fingerprint."""
 
     config: Path  # of `accelerate launch`
-    gpus: int | None = None  # number of processes; None: as the file says
+    processes: int
 
     @classmethod
     def named(cls, name: str, gpus: int | None = None) -> "Launch":
@@ -34,13 +34,12 @@ class Launch:
             raise InputError("is not an accelerate configuration", where=path)
         if gpus and gpus > 1 and config.get("distributed_type") == "NO":
             raise InputError(f"starts one process, not {gpus}", where=path, remedy="Add --launch ddp or --launch zero2")
-        return cls(path, gpus)
+        return cls(path, gpus or config.get("num_processes") or 1)
 
     def command(self, script: Path) -> list[str]:
         """The start of the command line that runs `script`."""
-        processes = [] if self.gpus is None else ["--num_processes", str(self.gpus)]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config)]
-        return [*launcher, *processes, str(script)]
+        return [*launcher, "--num_processes", str(self.processes), str(script)]
 
 
 @dataclass(frozen=True)

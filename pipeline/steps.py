@@ -16,7 +16,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_files, hash_json, read_json, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
 from mcit.data_prep.schema import PreparedTask, TaskConfig
-from mcit.eval.evaluate import load_cell
+from mcit.eval.cells import load_cell
 from mcit.eval.hashing import cache_dir, hash_model
 from mcit.eval.results import assemble_results, write_results
 from mcit.eval.serving import Serving, read_serving, write_serving
@@ -39,7 +39,7 @@ class Run:
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
-        return [*map(self.prepare, self.recipe.tasks), self.base(), self.check()]
+        return [self.settings(), *map(self.prepare, self.recipe.tasks), self.base(), self.check()]
 
     def training(self) -> list[Step]:
         """The stages 1…K."""
@@ -72,6 +72,21 @@ class Run:
     def stage_dir(self, k: int) -> Path:
         """The folder of stage `k`; 0 is the base."""
         return self.dir / "stages" / (self.recipe.stages[k - 1].folder if k else "00-base")
+
+    def settings(self) -> Step:
+        """Whether TRL takes the trainer arguments of every stage."""
+
+        def inputs() -> Facts:
+            return {"train": [stage.train.model_dump() for stage in self.recipe.stages]}
+
+        def work(show: Show, lock: int) -> Facts:
+            from .arguments import check_stage  # here: TRL takes seconds, and only settings that are new need it
+
+            for stage in self.recipe.stages:
+                check_stage(stage)
+            return {}
+
+        return Step("settings", "check settings", self._marker("settings"), lambda: True, inputs, work)
 
     def prepare(self, task: TaskConfig) -> Step:
         """The samples of a task, in the cache."""
@@ -121,26 +136,27 @@ class Run:
             return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.tasks)
 
         def inputs() -> Facts | None:
-            markers = [step.done() for step in (base, *prepared)]
-            if None in markers:
+            row0, *markers = [step.done() for step in (base, *prepared)]
+            if row0 is None or None in markers:
                 return None
             return {
-                "policy": markers[0]["policy"],
+                "policy": row0["policy"],
                 "processor": recipe.base_model.processor,
-                "folders": [marker["folder"] for marker in markers[1:]],
+                "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
-                "train": [stage.train.model_dump() for stage in recipe.stages],
+                "limits": {task.name: limit(task) for task in recipe.tasks},
             }
+
+        def limit(task: TaskConfig) -> int | None:
+            """The tokens that fit in every stage that trains the task; None: only the model's context limits them."""
+            limits = [stage.train.max_length for stage in recipe.stages if task.name in stage.tasks]
+            return min((limit for limit in limits if limit is not None), default=None)
 
         def work(show: Show, lock: int) -> Facts:
             from transformers import AutoConfig  # here: takes seconds, and only a check that is not done needs it
 
             from mcit.eval.engines.base import load_processor
 
-            from .stage import check_stage
-
-            for stage in recipe.stages:
-                check_stage(stage)
             row0 = read_serving(self.stage_dir(0))
             config = AutoConfig.from_pretrained(
                 row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
@@ -149,9 +165,8 @@ class Run:
             longest = {}
             for task, step in zip(recipe.tasks, prepared, strict=True):
                 show(f"tokens of {task.name}")
-                limits = [stage.train.max_length or context for stage in recipe.stages if task.name in stage.tasks]
-                native, limit = Path(read_json(step.marker)["folder"]), min(context, *limits)
-                folder, fit = fit_task(native, processor, limit, on_bad=recipe.prepare.on_bad, cache=cache_dir())
+                native, fitting = Path(read_json(step.marker)["folder"]), min(limit(task) or context, context)
+                folder, fit = fit_task(native, processor, fitting, on_bad=recipe.prepare.on_bad, cache=cache_dir())
                 _link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
             return {"policy": row0.hash, "state": None, "longest": longest}

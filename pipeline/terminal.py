@@ -1,6 +1,7 @@
 """What a run says while it works: one line a step, and where a long step is."""
 
 import contextlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_REMARK = re.compile(r"^(\[|/|[A-Z]\d{4} |Loading |Triton )|[Ww]arn")
 SILENCE = 30.0  # seconds between progress lines where nothing can be overwritten
 
 
@@ -29,15 +31,20 @@ class Terminal:
         if self.console.is_terminal:
             with self.console.status(Text(title)) as status:
                 width = max(20, self.console.width - len(title) - 8)
-                yield lambda line: status.update(Text.assemble(title, "  ", (line[:width], "dim")))
+
+                def update(line: str) -> None:
+                    if progress := condensed(line):
+                        status.update(Text.assemble(title, "  ", (progress[:width], "dim")))
+
+                yield update
             return
         last = time.monotonic()
 
         def show(line: str) -> None:
             nonlocal last
-            if time.monotonic() - last > SILENCE:
+            if time.monotonic() - last > SILENCE and (progress := condensed(line)):
                 last = time.monotonic()
-                self.say(f"  … {title}: {line[:160]}")
+                self.say(f"  … {title}: {progress[:160]}")
 
         yield show
 
@@ -90,6 +97,14 @@ class Terminal:
 
     def _table(self, title: str) -> Table:
         return Table(title=title, title_justify="left", box=box.SIMPLE if self.console.is_terminal else box.ASCII2)
+
+
+def condensed(line: str) -> str | None:
+    """A child's line as progress: loss and epoch of a trainer's log, nothing of what libraries merely remark."""
+    if line.startswith("{'"):
+        logged = dict(re.findall(r"'(\w+)': '?([^',}]+)", line))
+        return "  ".join(f"{key} {logged[key]}" for key in ("loss", "reward", "epoch") if key in logged) or None
+    return None if _REMARK.search(line) else line
 
 
 def _cell(score: float | None, learned: bool = False) -> Text:

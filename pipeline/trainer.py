@@ -1,28 +1,41 @@
-"""What TRL's trainers are given beyond their own: methods' loss terms, and batches that do not depend on devices."""
+"""What TRL's trainers get beyond their own: methods' loss terms, batches that do not depend on devices, alarms."""
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
+from transformers import TrainerCallback
 
+from .arguments import deepspeed, processes
 from .methods import Method, StepView
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class MethodLoss:
-    """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss`."""
+    """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss`.
+
+    `idle` are the trained parameters that a text-only batch leaves out of the graph. They get a gradient of zero then,
+    as they would in any larger batch: data parallel would otherwise fail where a method's term uses them.
+    """
 
     methods: Sequence[Method] = ()
+    idle: Sequence[nn.Parameter] = ()
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not (self.methods and self.model.training):  # type: ignore[attr-defined]
+        if not self.model.training:  # type: ignore[attr-defined]
             return loss
+        for parameter in self.idle:
+            loss = loss + 0 * parameter.sum()
         micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
         view = StepView(
             model=self.accelerator.unwrap_model(self.model),  # type: ignore[attr-defined]
@@ -76,3 +89,24 @@ class GlobalBatchSampler(Sampler[int]):
         order = torch.randperm(self.size, generator=generator).tolist()
         for place in range(self.total):
             yield order[place % self.size]
+
+
+class FiniteLoss(TrainerCallback):
+    """Stops a training whose loss is no longer a number."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise RuntimeError(f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate")
+
+
+class ReallyDistributed(TrainerCallback):
+    """Refuses silent fall-backs: DeepSpeed to data parallel (under `use_cpu: true`), that to processes on their own."""
+
+    def __init__(self, trainer: "Trainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wanted = "DeepSpeedEngine" if deepspeed() else "DistributedDataParallel"
+        wrapped = type(self.trainer.model_wrapped).__name__
+        if (processes() > 1 or deepspeed()) and wrapped != wanted:
+            raise RuntimeError(f"the model runs as {wrapped}, not as {wanted}: check the accelerate configuration")

@@ -71,7 +71,7 @@ def test_a_saved_adapter_is_what_peft_loads(tmp_path) -> None:
         for name, f in adapter.items():
             dense.get_submodule(name).weight += f.delta()
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter")
-    assert {name for name in live_adapter(loaded)} == {Q, DOWN}  # and no vision layer with such a leaf name
+    assert set(live_adapter(loaded)) == {Q, DOWN}  # and no vision layer with such a leaf name
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=0, atol=2e-5)
     again = load_adapter(tmp_path / "adapter")
@@ -103,7 +103,7 @@ def test_hash_follows_what_the_adapter_adds(tmp_path) -> None:
 
 def test_foreign_folders_are_refused_in_one_line(tmp_path) -> None:
     get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=pattern([Q]), use_dora=True)).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="adapter_config.json: use_dora: is not a plain LoRA adapter"):
+    with pytest.raises(InputError, match=r"adapter_config.json: use_dora: is not a plain LoRA adapter"):
         load_adapter(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         load_adapter(tmp_path / "nowhere")

@@ -173,5 +173,7 @@ def test_templates_that_rewrite_earlier_turns_are_refused(folder: Path) -> None:
 def test_templates_that_refuse_a_role_are_named(folder: Path) -> None:
     strict = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}x"
     made = sample(folder, 0, prompt=[turn("system", "Be brief."), turn("user", "Q")])
-    with pytest.raises(InputError, match="sample colour-0 of colour: the chat template refuses it: no system role"):
+    with pytest.raises(
+        InputError, match=r"sample colour-0 of colour: .*the chat template refuses these messages: no system role"
+    ):
         collate([made], processor_with(strict))

@@ -22,6 +22,7 @@ from mcit.eval.engines.vllm_cpu import expand, expand_slice, shrink
 
 pytest.importorskip("vllm")
 TOKENS = 12
+CONTEXT = 64
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +54,26 @@ def requests(stages: Path, policies: list[Policy]) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def slow(policies: list[Policy]) -> TransformersEngine:
-    return TransformersEngine(policies, EvalConfig(batch_size=4))
+    return TransformersEngine(policies, EvalConfig(batch_size=4, max_model_len=CONTEXT))
 
 
 @pytest.fixture(scope="module")
 def fast(policies: list[Policy]) -> Iterator[VllmEngine]:
     start = time.monotonic()
-    engine = make_engine(policies, EvalConfig(engine="vllm"), max_images=2)
+    engine = make_engine(policies, EvalConfig(engine="vllm", max_model_len=CONTEXT), max_images=2)
     assert isinstance(engine, VllmEngine)
     print(f"vLLM started in {time.monotonic() - start:.1f} s")
     yield engine
     engine.close()
+
+
+def first_word(engine: VllmEngine | TransformersEngine, requests: list[Request]) -> tuple[Request, list[int]]:
+    """A request and the token its answer begins with (one that is whole as text, and no end token)."""
+    for request, answer in zip(requests, generate(engine, requests, 1), strict=True):
+        ids = engine.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        if len(ids) == 1:
+            return request, ids
+    raise AssertionError("no answer begins with a word")
 
 
 def test_both_engines_say_the_same_with_base_and_adapters_in_one_batch(
@@ -116,10 +126,25 @@ def test_vllm_works_by_image_then_adapter(fast: VllmEngine, requests: list[Reque
 
 def test_a_cut_off_answer_is_not_finished(fast: VllmEngine, slow: TransformersEngine, requests: list[Request]) -> None:
     for engine in (fast, slow):
-        for answer, short in zip(generate(engine, requests[:3], 64), generate(engine, requests[:3], 1), strict=True):
-            assert short.tokens == 1
-            assert not short.finished or answer.finished
-            assert answer.finished == (answer.tokens < 64)
+        for answer, short in zip(generate(engine, requests, 9), generate(engine, requests, 1), strict=True):
+            assert (short.tokens, short.finished) == (1, answer.tokens == 1)
+            assert answer.finished or answer.tokens == 9
+
+
+def test_the_context_ends_an_answer_and_refuses_a_prompt(
+    fast: VllmEngine, slow: TransformersEngine, requests: list[Request]
+) -> None:
+    ours, theirs = generate(fast, requests, CONTEXT), generate(slow, requests, CONTEXT)
+    assert ours == theirs
+    assert any(
+        len(scored.prompt_ids) + answer.tokens == CONTEXT
+        for scored, answer in zip(fast.logprobs(requests), ours, strict=True)
+    )
+    long = requests[-1]._replace(prompt=[{"role": "user", "content": "9" * CONTEXT}])
+    for engine in (fast, slow):
+        with pytest.raises(InputError, match=r"64.*raise eval\.max_model_len"):
+            generate(engine, [requests[0], long], 1)
+    assert generate(fast, requests[:1], 4) == generate(slow, requests[:1], 4)  # and nothing is left in the queue
 
 
 def test_a_finished_answer_ends_with_the_end_token(
@@ -127,12 +152,11 @@ def test_a_finished_answer_ends_with_the_end_token(
 ) -> None:
     """The first token the model says is declared to be an end token: the answer is then empty, and finished."""
     for engine in (fast, slow):
-        [answer] = generate(engine, requests[:1], 1)
-        first = engine.processor.tokenizer(answer.text, add_special_tokens=False)["input_ids"]
+        request, first = first_word(engine, requests)
         if isinstance(engine, TransformersEngine):
             monkeypatch.setattr(engine.model.generation_config, "eos_token_id", [*engine.ends, *first])
         monkeypatch.setattr(engine, "ends", [*engine.ends, *first])
-        [ended] = generate(engine, requests[:1], TOKENS)
+        [ended] = generate(engine, [request], TOKENS)
         assert (ended.text, ended.finished, ended.tokens) == ("", True, 1)
 
 
@@ -152,6 +176,17 @@ def test_an_adapter_that_vllm_would_not_apply_in_full_is_refused(
     with pytest.raises(InputError, match=problem):
         fast.add(lora_policy(tmp_path, 3, "tower", 4, targets=targets))
     assert f"{3:064x}" not in fast._loras
+
+
+def test_a_policy_that_the_engine_does_not_have_gets_no_answer(
+    fast: VllmEngine, slow: TransformersEngine, requests: list[Request], tmp_path: Path
+) -> None:
+    for policy in (lora_policy(tmp_path, 5, "unknown", 4), base_policy(tmp_path, hash="e" * 64)):
+        for engine in (fast, slow):
+            with pytest.raises(KeyError):
+                generate(engine, [requests[0]._replace(policy=policy)], 1)
+            with pytest.raises(KeyError):
+                engine.logprobs([requests[0]._replace(policy=policy)])
 
 
 def test_an_adapter_with_a_scaling_that_vllm_does_not_read_is_refused(fast: VllmEngine, tmp_path: Path) -> None:
@@ -185,12 +220,11 @@ def test_image_tokens_are_never_generated(
     )
     # Any token is suppressed as they are: what the model would have said first, it now says never.
     for engine in (fast, slow):
-        [before] = generate(engine, requests[:1], 1)
-        said = tokenizer(before.text, add_special_tokens=False)["input_ids"]
+        request, said = first_word(engine, requests)
         monkeypatch.setattr(fast, "forbidden", [*forbidden, *said])
         monkeypatch.setattr(slow.model.generation_config, "suppress_tokens", [*forbidden, *said])
-        [after] = generate(engine, requests[:1], TOKENS)
-        assert said and not set(said) & set(tokenizer(after.text, add_special_tokens=False)["input_ids"])
+        [after] = generate(engine, [request], TOKENS)
+        assert not set(said) & set(tokenizer(after.text, add_special_tokens=False)["input_ids"])
 
 
 def test_the_processor_settings_of_the_recipe_reach_both_engines(
@@ -246,6 +280,14 @@ def test_auto_says_why_it_takes_transformers(stages: Path, tmp_path: Path, capsy
     assert "transformers, which is slower: vLLM does not serve Unheard" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"eval\.engine: vLLM does not serve Unheard"):
         make_engine([policy], EvalConfig(engine="vllm"), 1)
+
+
+def test_a_failed_start_is_an_error_or_a_reason(policies: list[Policy], capsys: pytest.CaptureFixture[str]) -> None:
+    impossible = EvalConfig(engine="vllm", max_model_len=10**6)
+    with pytest.raises(InputError, match=r"eval\.engine: vLLM did not start: .*max_model_len"):
+        make_engine(policies, impossible, 1)
+    assert make_engine(policies, impossible.model_copy(update={"engine": "auto"}), 1).name == "transformers"
+    assert "which is slower: vLLM did not start" in capsys.readouterr().out
 
 
 def test_images_come_first_in_the_first_user_turn() -> None:

@@ -1,4 +1,4 @@
-"""Each lineage: what is trained, that its adapters on the untouched base are the policy, and what TRL takes for reference."""
+"""Each lineage: what is trained, that its adapters on the base are the policy, what TRL takes for reference."""
 
 import re
 from pathlib import Path

@@ -9,7 +9,7 @@ from torch import nn
 
 from mcit.pipeline.adapters import lora_layers
 from mcit.pipeline.methods import StepView
-from mcit.pipeline.methods.reglora import Config, RegLora, add_keys, key_mask, penalty
+from mcit.pipeline.methods.reglora import RegLora, RegLoraConfig, add_keys, key_mask, penalty
 
 
 def tensor(*rows: list[float]) -> torch.Tensor:
@@ -103,7 +103,7 @@ def peft_model() -> object:
 
 
 def test_three_stages_through_the_hooks() -> None:
-    method, model, state = RegLora(Config(key_fraction=0.1, weight=10)), peft_model(), {}
+    method, model, state = RegLora(RegLoraConfig(key_fraction=0.1, weight=10)), peft_model(), {}
     factors = {name: (a, b) for name, a, b, _ in lora_layers(model)}
     view = StepView(model=model, inputs={}, step=0, micro_batches=2, last=True)
     method.build(model, state)
@@ -112,9 +112,7 @@ def test_three_stages_through_the_hooks() -> None:
         factors["0"][0].copy_(A), factors["0"][1].copy_(B)
         factors["1"][0].fill_(1.0), factors["1"][1].zero_()  # a layer that did not train leaves no key
     state = method.finish(model, [])
-    assert (
-        state["0"].nonzero().tolist() == [[1, 3]] and not state["1"].any()
-    )  # int(0.1 · 12) = 1; alpha/r plays no part
+    assert state["0"].nonzero().tolist() == [[1, 3]] and not state["1"].any()  # int(0.1 · 12) = 1; alpha/r: no part
     method.build(model, state)
     assert method.loss(view).item() == pytest.approx(10 * 8 / 2)  # |-8| at the key, over two layers
     assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=2, last=False)) is None
@@ -123,7 +121,7 @@ def test_three_stages_through_the_hooks() -> None:
 
 
 def test_neutral_weight_does_nothing() -> None:
-    method, model = RegLora(Config(weight=0)), peft_model()
+    method, model = RegLora(RegLoraConfig(weight=0)), peft_model()
     method.build(model, {"0": torch.ones(3, 4, dtype=torch.uint8)})
     assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=1, last=True)) is None
     assert method.finish(model, []) == {}

@@ -177,13 +177,13 @@ def test_rewards_are_the_evaluations_own() -> None:
 
 def test_mistakes_are_one_clear_line(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, recipe = copy_run(trained, tmp_path), trained[1]
-    with pytest.raises(InputError, match="train.rft.args.beta: train.reference is `none` and beta is 0.1"):
+    with pytest.raises(InputError, match=r"train.rft.args.beta: train.reference is `none` and beta is 0.1"):
         reinforce(run, recipe, 2, "train.reference=none")
     with pytest.raises(InputError, match="12 samples do not fill one generation batch of 32 prompts"):
         reinforce(run, recipe, 2, "train.global_batch_size=128")
     with pytest.raises(InputError, match=r"train.rft.args: generation_batch_size \(16\) must be divisible"):
         reinforce(run, recipe, 2, "train.rft.args.num_generations=3")
-    with pytest.raises(InputError, match="train.rft.args.use_vllm: is set by the pipeline"):
+    with pytest.raises(InputError, match=r"train.rft.args.use_vllm: is set by the pipeline"):
         reinforce(run, recipe, 2, "train.rft.args.use_vllm=true")
     mixed = recipe.with_name("mixed.yaml")
     mixed.write_text(recipe.read_text().replace("method:", "  - [again, words]\nmethod:"))

@@ -69,9 +69,18 @@ def test_a_child_s_lines_are_shown_and_logged(tmp_path, descriptor):
 
 def test_bad_input_that_a_child_found_is_passed_on(tmp_path, descriptor):
     with pytest.raises(InputError, match=r"^a\.json: is empty$"):
-        shell(
-            "echo loading; echo 'error: a.json: is empty'; echo Traceback of the launcher; exit 1", tmp_path, descriptor
-        )
+        shell("echo loading; echo 'error: a.json: is empty'; seq 20; exit 2", tmp_path, descriptor)
+
+
+def test_bad_input_is_known_through_the_launcher(tmp_path, descriptor):
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print('error: a.json: is empty', file=sys.stderr); sys.exit(int(sys.argv[1]))")
+    command = Launch.named("single").command(script)
+    with pytest.raises(InputError, match=r"^a\.json: is empty$"):
+        run_child([*command, "2"], tmp_path / "log", os.environ, lambda line: None, descriptor)
+    with pytest.raises(ChildFailed) as failure:
+        run_child([*command, "1"], tmp_path / "log", os.environ, lambda line: None, descriptor)
+    assert str(failure.value).startswith("error: a.json: is empty\nexit code 1;")  # no word of the launcher's own
 
 
 def test_a_child_that_fails_leaves_its_last_lines_and_the_log(tmp_path, descriptor):
@@ -117,7 +126,9 @@ def start_parent(tmp_path: Path, script: str) -> tuple[subprocess.Popen[bytes], 
 
 def test_what_a_killed_run_left_is_stopped_and_waited_for(tmp_path):
     # The child takes a second to stop, and the lock must not be had before that.
-    parent, child = start_parent(tmp_path, "trap 'sleep 1; exit' TERM; echo $$; while :; do sleep 0.1; done")
+    parent, child = start_parent(
+        tmp_path, "trap 'sleep 1; exit' TERM; echo $$; exec 2> /dev/null; while :; do sleep 0.1; done"
+    )
     assert alive(child)
     parent.kill()
     parent.wait()
@@ -151,6 +162,11 @@ def test_launchers():
         Launch.named("zero")
     with pytest.raises(InputError, match="starts one process, not 2"):
         Launch.named("single", 2)
+    assert (Launch.named("ddp").processes, Launch.named("ddp", 3).processes, Launch.named("single").processes) == (
+        2,
+        3,
+        1,
+    )
 
 
 # --- A whole run ------------------------------------------------------------------------------------------------------
@@ -288,22 +304,22 @@ def test_what_is_redone_follows_from_what_changed(folder):
     assert left() == []
     assert left("name=other") == ["results", "report"]
     assert left("eval.max_new_tokens=5") == evaluation
-    assert left("train.rft.args.beta=0.1") == ["check", "train/1", "train/2", *evaluation]  # not checked yet
-    assert left("stream.second.overrides.lora.r=4") == ["check", "train/1", "train/2", *evaluation]
+    assert left("train.rft.args.beta=0.1") == ["settings", "results", "report"]  # no stage is rft
+    assert left("stream.second.overrides.lora.r=4") == ["settings", "train/2", *evaluation]
+    assert left("stream.first.overrides.lora.r=4") == ["settings", "train/1", "train/2", *evaluation]
+    assert left("seed=1") == ["train/1", "train/2", *evaluation]
     assert left("stream.first.test=0.5")[0] == "prepare/first"
 
 
 def test_changing_one_stage_redoes_it_and_what_follows(folder):
     before, terminal = stamps(folder), quiet()
-    rows = json.loads((folder / "second.json").read_text())
-    rows[0]["conversations"][1]["value"] = rows[4]["conversations"][1]["value"] = "black"
-    (folder / "second.json").write_text(json.dumps(rows))
+    write_data(folder / "second.json", ["black"] * 8)
     run = open_run(folder, terminal=terminal)
     perform_steps(run, run.steps(), terminal)
     after = stamps(folder)
-    assert {name for name in before if name.startswith(("stages/00", "stages/01", "predictions/00/first"))} <= {
-        name for name in before if before[name] == after[name]
-    }
+    for name in before:
+        if name.startswith(("stages/00", "stages/01", "predictions/00/first", "predictions/01/first")):
+            assert after[name] == before[name], name
     assert before["stages/02-second/done.json"] < after["stages/02-second/done.json"]
     assert before["predictions/02/first.jsonl"] < after["predictions/02/first.jsonl"]
     assert before["results.json"] < after["results.json"]
@@ -353,6 +369,10 @@ def test_another_recipe_in_a_run_directory_is_said(folder):
         (["stream.first.images=nowhere"], r"nowhere: stream\.first\.images: no such folder"),
         (["base_model.path=./nowhere"], r"nowhere.*: no such model folder"),
         (["train.sft.args.learning_rat=1"], r"train\.sft\.args\.learning_rat: .*Did you mean `learning_rate`"),
+        (
+            ["train.sft.args.per_device_train_batch_size=4"],
+            r"train\.global_batch_size: 2 does not divide by 1 process × 4",
+        ),
         (["train.max_length=20"], r"first: train sample \d+: has \d+ tokens, images included, but only 20 fit"),
     ],
 )

@@ -90,7 +90,10 @@ class Scored(NamedTuple):
 
 
 class Engine(Protocol):
-    """Serves the policies it was made with. Images are read when their request is started."""
+    """Serves the policies it was made with and their base; another one's request is a `KeyError`, never answered.
+
+    Images are read when their request is started.
+    """
 
     name: str
 
@@ -133,6 +136,11 @@ def load_config(policy: Policy) -> Any:
     return AutoConfig.from_pretrained(
         policy.model, revision=policy.revision, trust_remote_code=policy.serving.trust_remote_code
     )
+
+
+def unadapted(policies: Sequence[Policy]) -> set[str]:
+    """The hashes of what an engine with `policies` serves by its weights alone: a merged model, or the base."""
+    return {p.serving.hash if p.serving.kind == "merged" else p.serving.base_hash for p in policies}
 
 
 def render(processor: Any, request: Request) -> str:

@@ -25,6 +25,7 @@ from .base import (
     load_config,
     load_processor,
     render,
+    unadapted,
 )
 
 
@@ -38,7 +39,10 @@ class TransformersEngine:
         from transformers import AutoModelForImageTextToText, GenerationConfig
 
         first = policies[0]
-        self.config = config
+        self.batch_size = config.batch_size
+        self.served = unadapted(policies) | {policy.serving.hash for policy in policies if policy.adapter is not None}
+        text = load_config(first).get_text_config()
+        self.context = config.max_model_len or text.max_position_embeddings  # tokens, prompt and answer
         self.processor = load_processor(first.serving)
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
@@ -103,8 +107,8 @@ class TransformersEngine:
             groups.setdefault((request.policy.serving.hash, bool(request.images)), []).append(index)
         for group in groups.values():
             group.sort(key=lambda index: len(prompts[index]))
-            for start in range(0, len(group), self.config.batch_size):
-                yield group[start : start + self.config.batch_size]
+            for start in range(0, len(group), self.batch_size):
+                yield group[start : start + self.batch_size]
 
     @torch.inference_mode()
     def _generate(
@@ -114,10 +118,11 @@ class TransformersEngine:
         inputs = self._inputs(requests, prompts)
         with self._active(requests[0].policy):
             output = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+        rooms = (self.context - inputs["attention_mask"].sum(1)).tolist()
         answers = []
-        for row in output[:, inputs["input_ids"].shape[1] :].tolist():
-            end = next((place for place, token in enumerate(row) if token in self.ends), None)
-            answers.append((row if end is None else row[: end + 1], end is not None))
+        for row, room in zip(output[:, inputs["input_ids"].shape[1] :].tolist(), rooms, strict=True):
+            end = next((place for place, token in enumerate(row[:room]) if token in self.ends), None)
+            answers.append((row[:room] if end is None else row[: end + 1], end is not None))
         return answers
 
     @torch.inference_mode()
@@ -143,13 +148,16 @@ class TransformersEngine:
             return_tensors="pt",
             **tokenizer_options(self.processor, texts[0]),
         )
-        limit, longest = self.config.max_model_len, inputs["input_ids"].shape[1]
-        if limit and longest > limit:
-            raise InputError(f"a prompt takes {longest} tokens and {limit} fit", field="eval.max_model_len")
+        longest = inputs["input_ids"].shape[1]
+        if longest > self.context:
+            remedy = "Lower base_model.processor.max_pixels, or raise eval.max_model_len"
+            raise InputError(f"a prompt takes {longest} tokens and {self.context} fit", remedy=remedy)
         return inputs.to(self.device, dtype=self.model.dtype)
 
     def _active(self, policy: Policy) -> AbstractContextManager[Any]:
         """Switch to a policy; the base is the model with every adapter off."""
+        if policy.serving.hash not in self.served:
+            raise KeyError(policy.serving.hash)
         if policy.adapter is not None:
             self.model.set_adapter(policy.serving.hash)
             return nullcontext()

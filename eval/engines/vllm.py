@@ -24,6 +24,7 @@ from .base import (
     load_config,
     load_processor,
     render,
+    unadapted,
 )
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report what it runs to its makers
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 allows for max_lora_rank
-# Slots take max_lora_rank × slots × (sum of all layers' widths) numbers beside the weights. At rank 1,024 in all they
-# are about a tenth of a 7B model; what does not fit waits its turn in the computer's memory.
+# What all slots' ranks add up to. Slots lie beside the weights: at 1,024 they are a third of a 7B model on top of it.
+# Adapters that find no slot wait in the computer's memory for their turn.
 SLOT_RANKS = 1024
 IN_FLIGHT = 512  # requests handed to vLLM at a time: enough to keep it busy, few enough to hold their images
 
@@ -62,7 +63,7 @@ class VllmEngine:
         rank = max((_rank(policy) for policy in adapters), default=0)
         self.processor = load_processor(first.serving)
         self.slots = min(len(adapters), max(1, SLOT_RANKS // max_lora_rank(rank))) if adapters else 0
-        self._loras: dict[str, LoRARequest] = {}
+        self._loras: dict[str, LoRARequest | None] = dict.fromkeys(unadapted(policies))
         self._llm = self._start(first, config, max_images, len(adapters), rank)
         try:
             self.ends = end_tokens(first, self.processor.tokenizer)
@@ -102,6 +103,7 @@ class VllmEngine:
                 mm_processor_kwargs=serving.processor or None,
                 limit_mm_per_prompt={"image": max_images, "video": 0},
                 max_model_len=config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
+                use_tqdm_on_load=False,
                 enforce_eager=not torch.cuda.is_available(),
                 seed=0,
                 **lora,
@@ -122,15 +124,16 @@ class VllmEngine:
         for key in ("alpha_pattern", "rank_pattern"):
             if config.get(key):
                 raise InputError("is not applied by vLLM", where=policy.adapter, field=key, remedy=remedy)
-        lora = LoRARequest(policy.serving.hash, len(self._loras) + 1, str(policy.adapter))
+        number = 1 + sum(lora is not None for lora in self._loras.values())
+        lora = LoRARequest(policy.serving.hash, number, str(policy.adapter))
         try:
             self._llm.llm_engine.add_lora(lora)
         except Exception as error:  # vLLM's own refusals, for which it has no type
             reason = " ".join(str(error).split())[:300]
             raise InputError(f"vLLM refuses the adapter: {reason}", where=policy.adapter, remedy=remedy) from error
-        [ignored] = self._llm.apply_model(lambda model: ignored_tensors(model, lora.lora_int_id, names))
+        [ignored] = self._llm.apply_model(lambda model: ignored_tensors(model, number, names))
         if ignored:
-            self._llm.llm_engine.remove_lora(lora.lora_int_id)
+            self._llm.llm_engine.remove_lora(number)
             raise InputError(
                 f"vLLM would ignore {len(ignored)} of {len(names)} tensors, the first: {ignored[0]}",
                 where=policy.adapter,
@@ -174,7 +177,7 @@ class VllmEngine:
         """Indices by image → adapter → question; if adapters outnumber the slots, a slotful of adapters at a time."""
 
         def key(index: int) -> tuple[int, list[str], int, int]:
-            lora = self._loras.get(requests[index].policy.serving.hash)
+            lora = self._loras[requests[index].policy.serving.hash]
             number = lora.lora_int_id if lora else 0
             wave = (number - 1) // self.slots if number else 0
             return wave, [str(path) for path in requests[index].images], number, index
@@ -210,7 +213,7 @@ class VllmEngine:
             [name] = self._llm.enqueue(
                 prompt,
                 parameters,
-                lora_request=self._loras.get(request.policy.serving.hash),
+                lora_request=self._loras[request.policy.serving.hash],
                 use_tqdm=False,
                 tokenization_kwargs=tokenizer_options(self.processor, text),
             )
@@ -262,8 +265,7 @@ def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:
     from vllm.lora.utils import parse_fine_tuned_lora_name
 
     manager = model.lora_manager
-    packed = {part for parts in manager.packed_modules.values() for part in parts}
-    applied = (set(manager.modules) | packed) - {name for name in manager.packed_modules if name not in packed}
+    applied = {*manager.modules, *(part for parts in manager.packed_modules.values() for part in parts)}
     left_over = set(manager.get_adapter(number).loras) - set(manager.modules)
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapper = mapper.get_rename_mapper() if mapper is not None else None

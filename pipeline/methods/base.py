@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from mcit.data_prep.schema import Config, Sample
+from mcit.data_prep import schema
+from mcit.data_prep.schema import Sample
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,10 +44,10 @@ class Method:
     paradigms: ClassVar[Sequence[str]] = ("sft", "rft")
     distributed: ClassVar[Sequence[Distributed]] = ("single", "ddp", "zero2")
     conflicts: ClassVar[Sequence[str]] = ()
-    Config: ClassVar[type[Config]] = Config
+    Config: ClassVar[type[schema.Config]] = schema.Config
     neutral: ClassVar[Mapping[str, Any]] = {}
 
-    def __init__(self, config: Config):
+    def __init__(self, config: schema.Config):
         self.config = config
 
     def build(self, model: "PeftModel", state: dict[str, "Tensor"]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class Config(schema.Config):
+class RegLoraConfig(schema.Config):
     """`method: {reglora: {…}}`."""
 
     key_fraction: float = Field(default=0.02, gt=0, lt=1)  # M = 2 %: SEFE (code and ablation)
@@ -38,10 +38,10 @@ class RegLora(Method):
     category = "regularisation"
     keeps = "nothing"
     lineages = ("stack", "fold")
-    Config = Config
+    Config = RegLoraConfig
     neutral = {"weight": 0}  # noqa: RUF012
 
-    config: Config
+    config: RegLoraConfig
 
     def build(self, model: "PeftModel", state: dict[str, Tensor]) -> None:
         self.counts = state

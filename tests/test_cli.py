@@ -1,0 +1,187 @@
+"""The `mcit` command: what it prints, how it exits, and that it is quick where it can be."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mcit.pipeline import cli, doctor
+from mcit.pipeline.layers import RECIPES
+from mcit.pipeline.recipe import load_recipe, write_recipe
+from mcit.pipeline.terminal import condensed
+
+COMMANDS = [
+    "run",
+    "prepare",
+    "train",
+    "eval",
+    "report",
+    "status",
+    "methods",
+    "doctor",
+    "metrics",
+    "score",
+    "show",
+    "asd",
+]
+
+
+@pytest.fixture
+def mcit(monkeypatch, capsys):
+    """Calls the entry point with arguments; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mcit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        return (int(code) if code else 0, *capsys.readouterr())
+
+    return call
+
+
+def test_help_lists_every_command(mcit):
+    code, out, _ = mcit("--help")
+    assert code == 0
+    assert [name for name in COMMANDS if re.search(rf"│ {name} ", out)] == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(mcit, command):
+    code, out, _ = mcit(command, "--help")
+    assert code == 0 and f"Example: mcit {command}" in out
+
+
+def test_help_and_metrics_do_not_import_torch(tmp_path):
+    (tmp_path / "m.json").write_text('{"matrix": [[1]]}')
+    code = "import sys; from mcit.pipeline import cli\ntry: cli.main()\nfinally: assert 'torch' not in sys.modules"
+    for arguments in (["--help"], ["metrics", "m.json"], ["run", "mini/sequential", "--print-config"]):
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0 and not done.stderr
+
+
+def test_metrics(mcit, tmp_path):
+    (tmp_path / "m.json").write_text('{"matrix": [[80, 0], [60, 90]]}')
+    code, out, _ = mcit("metrics", tmp_path / "m.json")
+    found = json.loads(out)
+    assert code == 0 and (found["MFT"], found["MFN"], found["BWT"], found["FWT"]) == (85, 75, -20, None)
+
+
+def test_score(mcit, tmp_path):
+    lines = [{"id": 1, "response": "B", "references": ["B"]}, {"id": 2, "response": "C", "references": ["B"]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = mcit("score", "mcq", tmp_path / "p.jsonl", "--per-sample", tmp_path / "s.jsonl")
+    found = json.loads(out)
+    assert code == 0 and (found["score"], found["n"]) == (50, 2)
+    assert [json.loads(line)["score"] for line in (tmp_path / "s.jsonl").read_text().splitlines()] == [100, 0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["metrics", "nowhere.json"], "error: nowhere.json: no such file\n"),
+        (["run", "mini/sequential", "trian.x=1"], "error: command line: trian: unknown key. Did you mean `train`?\n"),
+        (["run", "mini/sequentia"], "error: mini/sequentia: no such recipe. Did you mean `mini/sequential`?\n"),
+        (["run", "mini/sequential", "--launch", "zero7"], None),
+        (["status", "nowhere"], None),
+        (["report", "nowhere"], None),
+        (["score", "mqc", "p.jsonl"], None),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(mcit, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = mcit(*arguments)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1
+    assert line in (None, err)
+    assert not any(tmp_path.iterdir()), "something was written before the input was refused"
+
+
+@pytest.mark.parametrize("arguments", [["run"], ["train", "mini/sefe"], ["nothing"], ["show", "mini/sefe", "-n", "0"]])
+def test_wrong_usage_exits_2(mcit, arguments):
+    code, _, err = mcit(*arguments)
+    assert code == 2 and "Traceback" not in err
+
+
+def test_an_interrupt_exits_130(mcit, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mcit.eval.metrics.metrics_file", interrupt)
+    assert mcit("metrics", "m.json")[0] == 130
+
+
+def test_print_config_says_what_each_stage_resolves_to(mcit, tmp_path):
+    arguments = ["mini/sequential", "stream.spatial.overrides.lora.r=4", "--print-config"]
+    code, out, _ = mcit("run", *arguments)
+    recipe, stages = yaml.safe_load_all(out)
+    assert code == 0
+    assert [stage["train"]["lora"]["r"] for stage in stages] == [16, 16, 4, 16, 16]
+    assert [stage["name"] for stage in stages] == ["digits", "counting", "spatial", "grounding", "arithmetic"]
+    (tmp_path / "again.yaml").write_text(out.split("---")[0])
+    assert load_recipe(tmp_path / "again.yaml") == load_recipe("mini/sequential", arguments[1:2])
+    assert recipe["base_model"]["path"] == str(RECIPES / "mini" / "tiny_vlm")
+
+
+def test_methods(mcit):
+    code, out, _ = mcit("methods", "--json")
+    found = {row["name"]: row for row in json.loads(out)}
+    assert code == 0
+    assert found["reglora"]["keeps"] == "nothing" and "2505.02486" in found["reglora"]["paper"]
+    assert list(found["sefe"]["expands_to"]) == ["asd", "reglora"]
+    assert "RegLoRA" in mcit("methods")[1] or "reglora" in mcit("methods")[1]
+
+
+def test_status_of_a_run_that_has_not_begun(mcit, tmp_path):
+    write_recipe(load_recipe("mini/sequential"), tmp_path / "recipe.yaml")
+    code, out, _ = mcit("status", tmp_path, "--json")
+    found = json.loads(out)
+    assert code == 0 and found["state"] == "left" and {step["state"] for step in found["steps"]} == {"left"}
+    assert "train stage 3/5 spatial" in mcit("status", tmp_path)[1]
+
+
+def test_asd_of_a_file(mcit, tmp_path, monkeypatch):
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    rows = [{"id": str(i), "prompt": f"Which is it, {i}?", "completion": f"word{i % 7}"} for i in range(40)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--fraction", "0.5", "--seed", "3")
+    assert (code, err) == (0, "")
+    converted = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in converted] == [row["id"] for row in rows]
+    assert sum("asd" in row["meta"] for row in converted) == 20 and "20 of 40" in out
+    assert json.loads((tmp_path / "out.jsonl.report.json").read_text())["summary"] in out
+
+
+def test_doctor_says_what_is_missing_and_what_to_do(mcit, monkeypatch):
+    monkeypatch.setattr(doctor, "CHECKED", {"torch": "2.13.0", "pydantic": "0.0.1"})
+    monkeypatch.setattr(doctor, "OPTIONAL", {})
+    monkeypatch.setattr(doctor, "_import_error", lambda module: "No module named 'x'")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, _ = mcit("doctor", "--json")
+    found = {row["name"]: row for row in json.loads(out)}
+    assert code == 0 and found["torch"]["ok"]
+    assert not found["pydantic"]["ok"] and "pydantic==0.0.1" in found["pydantic"]["remedy"]
+    assert not found["Hub"]["ok"] and not found["deepspeed"]["ok"]
+    assert re.search(r"^no +pydantic .*→ pip install pydantic==0\.0\.1", mcit("doctor")[1], re.MULTILINE)
+
+
+def test_an_import_that_fails_is_told_in_one_line():
+    assert doctor._import_error("json") is None
+    assert doctor._import_error("no_such_module") == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_the_versions_that_doctor_wants_are_those_that_are_installed():
+    constraints = Path(cli.__file__).parents[1] / "constraints.txt"
+    pinned = dict(line.split("==") for line in constraints.read_text().splitlines() if "==" in line)
+    assert {name: pinned.get(name) for name in doctor.CHECKED | doctor.OPTIONAL} == doctor.CHECKED | doctor.OPTIONAL
+
+
+def test_progress_lines_are_condensed():
+    assert condensed("{'loss': '0.51', 'grad_norm': '4.4', 'epoch': '0.5'}") == "loss 0.51  epoch 0.5"
+    assert condensed("{'train_runtime': '1', 'train_loss': '6.2'}") is None
+    assert condensed("120 of 300 answers") == "120 of 300 answers"
+    assert condensed("[transformers] The tokenizer has new tokens") is None
+    assert condensed("/usr/lib/x.py:3: FutureWarning: old") is None
