@@ -16,7 +16,7 @@ class Message(TypedDict):
 
 
 class Sample(TypedDict):
-    """One line of `RUN/data/<task>/{train,validation,test}.jsonl` (TRL's prompt/completion form, plus what scoring needs).
+    """One line of `RUN/data/<task>/{train,validation,test}.jsonl`: TRL's prompt/completion form and what scoring needs.
 
     `prompt` ends with a user turn whose text already holds the format sentence; `completion` is what the model is
     taught to say (an assistant turn; multi-turn dialogues alternate, and only assistant turns carry loss).
@@ -47,7 +47,9 @@ class TaskConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     train: str  # a file (.json, .jsonl, .parquet), or module:function, a reader
-    test: str | float | None = None  # a file, a reader, or the share of images to split off (default 0.1)
+    test: str | float | None = (
+        None  # a file, a reader, or the share of images to split off. None: a train reader's own test part, else 0.1
+    )
     validation: str | None = None
     images: str | None = None  # the folder image paths are relative to; default: the data file's folder
     style: Style | None = None  # inferred from the answers if missing
@@ -80,7 +82,7 @@ class AsdConfig(Config):
 
 
 class PreparedTask(TypedDict):
-    """`RUN/data/<task>/task.json`: what the rest of the pipeline knows of a task. Written last, so it marks completion."""
+    """`RUN/data/<task>/task.json`: what the rest of the pipeline knows of a task. Written last, so it marks the end."""
 
     name: str
     style: Style

@@ -230,8 +230,8 @@ def _answers(run: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _thumbnail(path: Path) -> str:
     """An image as a data URI of at most 256 pixels a side."""
-    with Image.open(path) as image:
-        image = image.convert("RGB")
+    with Image.open(path) as file:
+        image = file.convert("RGB")
         image.thumbnail((256, 256))
         buffer = io.BytesIO()
         image.save(buffer, format="JPEG", quality=85)

@@ -24,7 +24,7 @@ class Serving(Config):
     kind: Literal["base", "adapter", "merged"]
     base: str
     revision: str | None = None
-    dtype: str = "bfloat16"
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     processor: dict[str, Any] = Field(default_factory=dict)  # e.g. min_pixels, max_pixels
     trust_remote_code: bool = False
     path: str | None = None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from mcit.data_prep.schema import Sample, Style
+from mcit.data_prep.schema import Reasoning, Sample, Style
 from mcit.data_prep.styles import build_prompt, state_answer, state_proposition
 
 from . import world
@@ -144,7 +144,7 @@ def number_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
 def echo_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
     """Text only: repeat characters, write JSON, put a number in a box. So every character has been an output."""
     alphabet = list(string.ascii_letters + string.digits + string.punctuation)
-    text = "".join(rng.choice(alphabet, int(rng.integers(1, 6))))
+    text = "".join(rng.choice(alphabet, int(rng.integers(1, 4))))
     n, m = (int(i) for i in rng.integers(0, 100, 2))
     return None, [
         Fact("repeat", f"Repeat: {text}", text, "short"),
@@ -153,19 +153,19 @@ def echo_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
     ]
 
 
-# How many dialogues of each kind a batch of 48 holds; letters need the most practice.
+# How many dialogues of each kind a batch of 48 holds.
 SOURCES: dict[Callable[[np.random.Generator], tuple[Image.Image | None, list[Fact]]], int] = {
-    scene_facts: 19,
-    chart_facts: 9,
-    letter_facts: 11,
-    number_facts: 6,
+    scene_facts: 22,
+    chart_facts: 11,
+    letter_facts: 7,
+    number_facts: 5,
     echo_facts: 3,
 }
 
 
-def styles_of(fact: Fact) -> list[tuple[Style, str]]:
+def styles_of(fact: Fact) -> list[tuple[Style, Reasoning]]:
     """The (style, reasoning) pairs in which a fact is asked."""
-    styles: list[tuple[Style, str]] = [(fact.style, "none")]
+    styles: list[tuple[Style, Reasoning]] = [(fact.style, "none")]
     if fact.think:
         styles.append((fact.style, "think"))
     if fact.others:
@@ -173,7 +173,7 @@ def styles_of(fact: Fact) -> list[tuple[Style, str]]:
     return styles
 
 
-def ask(rng: np.random.Generator, fact: Fact, style: Style, reasoning: str) -> tuple[str, str, list[str] | None]:
+def ask(rng: np.random.Generator, fact: Fact, style: Style, reasoning: Reasoning) -> tuple[str, str, list[str] | None]:
     """Put a fact into a style. Returns the prompt's text, the model answer, and the options of a multiple choice."""
     question, answer, options = fact.question, fact.answer, None
     if style == "mcq":
@@ -193,7 +193,7 @@ def ask(rng: np.random.Generator, fact: Fact, style: Style, reasoning: str) -> t
     return build_prompt(question, style, options=options, reasoning=reasoning), answer, options
 
 
-def fact_sample(rng: np.random.Generator, fact: Fact, style: Style, reasoning: str, number: int) -> Sample:
+def fact_sample(rng: np.random.Generator, fact: Fact, style: Style, reasoning: Reasoning, number: int) -> Sample:
     """A fact in a style as a sample of the general task (without its picture)."""
     prompt, completion, options = ask(rng, fact, style, reasoning)
     reference = completion.split("<answer>")[-1].removesuffix("</answer>")
@@ -205,6 +205,6 @@ def fact_sample(rng: np.random.Generator, fact: Fact, style: Style, reasoning: s
         completion=[{"role": "assistant", "content": completion}],
         references=[reference],
         style=style,
-        reasoning=reasoning,  # type: ignore[typeddict-item]
+        reasoning=reasoning,
         meta={"fact": fact.name, **({"options": options} if options else {})},
     )

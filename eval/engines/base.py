@@ -168,7 +168,7 @@ def end_tokens(policy: Policy, tokenizer: Any) -> list[int]:
 
     try:
         configured = GenerationConfig.from_pretrained(
-            policy.serving.base, revision=policy.serving.revision
+            policy.serving.base, revision=policy.serving.revision or "main"
         ).eos_token_id
     except OSError:  # a model without a generation_config.json
         configured = None

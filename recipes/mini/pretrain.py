@@ -1,9 +1,10 @@
 """Pretrain the embedded tiny VLM from scratch on a CPU, gate it, and save it as any other model is saved.
 
-    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 5000]
+    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 5500]
 
-First the vision tower gets a start from dense labels (`tower.py`); then the whole Qwen2.5-VL of 1.7 million parameters
-learns the facts of `mcit.data_prep.mini.facts` in every answer style, several questions a picture, no picture twice.
+First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
+1.7 million parameters learns the facts of `mcit.data_prep.mini.facts` in every answer style, several questions a
+picture, no picture twice.
 The gate asks every fact × style on pictures never seen; one that is not above 95 % stops the script with exit code 1.
 Matrix products run in bfloat16, so another processor gives slightly different weights: the gate, not the bits, says
 whether the result can be used.
@@ -38,7 +39,7 @@ from mcit.eval.scorers import get_scorer
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIALS += ["<|video_pad|>"]
-PATCH, MERGE, LENGTH, PEAK_RATE = 8, 2, 144, 1.5e-3
+PATCH, MERGE, LENGTH, PEAK_RATE = 8, 2, 144, 4e-3
 IMAGE_TOKENS = (64 // PATCH // MERGE) ** 2
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
@@ -213,8 +214,9 @@ def train(
     held-out accuracy, since no picture is seen twice. Every 500 steps the weights so far are saved to `out`.
     """
     rng = np.random.default_rng([seed, 1])
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
+    model.model.visual.requires_grad_(False)
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
         lr=PEAK_RATE,
@@ -228,7 +230,7 @@ def train(
             output = model(**batch.inputs)
         optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_([*decayed, *plain], 1.0)
         optimizer.step()
         warm_up_then_cosine.step()
         losses.append(output.loss.item())
@@ -304,14 +306,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=5500)
     parser.add_argument("--gate-only", action="store_true", help="only gate the model in OUT")
     arguments = parser.parse_args()
     if not arguments.gate_only:
         processor = build_processor(build_tokenizer(np.random.default_rng([arguments.seed, 0])))
         model = build_model(processor.tokenizer, arguments.seed)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
-        train_tower(model, processor, arguments.seed, 600)
+        train_tower(model, processor, arguments.seed, 1500)
         train(model, processor, arguments.seed, arguments.steps, arguments.out)
     processor = Qwen2_5_VLProcessor.from_pretrained(arguments.out)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.out, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Give the vision tower a start, as a real VLM's tower has one: dense labels for every image token, a few minutes.
+"""Pretrain the vision tower, as a real VLM's tower is: from dense labels for every image token, a few minutes.
 
 Without it, so small a model spends most of its pretraining finding out that the picture matters. Linear heads on the
 projector's output predict, for each of the 16 tokens, its row and column, and the colour, shape and box of what stands
