@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # vLLM comes in a GPU and a CPU build; the machine decides which. Override with `make install VARIANT=cpu`.
 VARIANT ?= $(shell nvidia-smi > /dev/null 2>&1 && echo gpu || echo cpu)
-WORKERS ?= 2
+CONSTRAINTS := $(if $(filter gpu,$(VARIANT)),constraints-gpu.txt,constraints.txt)
 
 .PHONY: help install demo test test-all lint format clean
 
@@ -12,11 +12,11 @@ help:
 
 install: .venv/installed-$(VARIANT)
 
-.venv/installed-$(VARIANT): pyproject.toml constraints.txt overrides-$(VARIANT).txt
+.venv/installed-$(VARIANT): pyproject.toml $(CONSTRAINTS) overrides-$(VARIANT).txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcit needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt --override overrides-$(VARIANT).txt -e ".[$(VARIANT),deepspeed,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) uv
+	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c $(CONSTRAINTS) --override overrides-$(VARIANT).txt -e ".[$(VARIANT),deepspeed,dev]"
 	touch $@
 
 # The main job on the embedded model: two methods over the mini stream, then both side by side.

@@ -174,8 +174,8 @@ def test_an_import_that_fails_is_told_in_one_line():
 
 
 def test_the_versions_that_doctor_wants_are_those_that_are_installed():
-    constraints = Path(cli.__file__).parents[1] / "constraints.txt"
-    pinned = dict(line.split("==") for line in constraints.read_text().splitlines() if "==" in line)
+    files = [Path(cli.__file__).parents[1] / name for name in ("constraints.txt", "constraints-gpu.txt")]
+    pinned = dict(line.split("==") for file in files for line in file.read_text().splitlines() if "==" in line)
     assert {name: pinned.get(name) for name in doctor.CHECKED | doctor.OPTIONAL} == doctor.CHECKED | doctor.OPTIONAL
 
 

@@ -91,8 +91,8 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         marker = read_json(run / "predictions" / f"{k:02d}" / f"{task}.done.json")
         assert [row["id"] for row in rows] == [sample["id"] for sample in samples_of]
         assert set(rows[0]) == {
-            "id", "prompt", "response", "parsed", "references", "style", "score", "constrained_score", "format_ok",
-            "content_ok", "verdict", "think", "image_id", "finished", "tokens",
+            "id", "prompt", "response", "parsed", "references", "style", "reasoning", "options", "score",
+            "constrained_score", "format_ok", "content_ok", "verdict", "think", "image_id", "finished", "tokens",
         }  # fmt: skip
         assert rows[0]["prompt"].count("<|image_pad|>") == (2 if task == "pairs" else 0)
         assert rows[0]["image_id"] == ("image-0" if task == "pairs" else None)
