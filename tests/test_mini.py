@@ -106,7 +106,7 @@ CHART = [
         (
             "arithmetic",
             {"terms": [34, 8]},
-            "4 + 8 = 13. 3 + 0 + 1 = 4. So 43.",
+            "4 + 8 = 13. 3 + 1 = 4. So 43.",
             [("knowledge", False), ("knowledge", True), ("logic", True)],
         ),
         ("arithmetic", {"terms": [34, 8]}, "It is obvious.", [("unreadable", False)]),
@@ -115,6 +115,13 @@ CHART = [
 )
 def test_the_checker_tells_what_is_wrong(task, program, rationale, expected):
     assert [(step.kind, step.ok) for step in rationales.check(task, program, rationale)] == expected
+
+
+def test_every_rationale_of_arithmetic_ends_in_the_answer():
+    for make in (tasks.arithmetic, tasks.tuning_arithmetic):
+        for sample in make("test"):
+            steps = rationales.check("arithmetic", sample["meta"]["program"], sample["meta"]["gold_think"])
+            assert all(step.ok for step in steps) and steps[-1].text == f"So {sample['references'][0]}."
 
 
 def test_boxes_lie_in_the_picture_and_around_the_shape():

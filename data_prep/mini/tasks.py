@@ -21,7 +21,7 @@ from . import rationales, world
 
 SIZES = {"train": 1000, "validation": 100, "test": 250}
 Program = dict[str, Any]
-Make = Callable[[np.random.Generator, Program], Image.Image | None]
+Make = Callable[[np.random.Generator, bool], Program]  # (generator, for the tuning stream) → a program
 
 
 def _sample(task: str, part: str, number: int, program: Program, picture: Image.Image | None, style: Style) -> dict:
@@ -44,7 +44,7 @@ def _sample(task: str, part: str, number: int, program: Program, picture: Image.
     }
 
 
-def _distinct(task: str, make: Callable[[np.random.Generator], Program], part: str, tuning: bool) -> Iterator[Program]:
+def _distinct(task: str, make: Make, part: str, tuning: bool) -> Iterator[Program]:
     """Programs of one part. All parts of both streams are drawn in one fixed order, so no program is in two of them."""
     rng = np.random.default_rng(rationales.TASKS.index(task))
     seen: set[str] = set()
@@ -52,7 +52,7 @@ def _distinct(task: str, make: Callable[[np.random.Generator], Program], part: s
         for name, size in SIZES.items():
             target = len(seen) + size
             while len(seen) < target:
-                program = make(rng)
+                program = make(rng, of_tuning)
                 key = json.dumps(program, sort_keys=True)
                 if key not in seen and (name, of_tuning) == (part, tuning):
                     yield program
@@ -99,7 +99,7 @@ def digits(part: str, tuning: bool = False) -> Iterator[dict]:
 # Counting: how many shapes of a colour, answered by option letter.
 
 
-def _counting(rng: np.random.Generator) -> Program:
+def _counting(rng: np.random.Generator, tuning: bool) -> Program:
     colour, *rest = (str(c) for c in rng.permutation(list(world.COLOURS)))
     count = int(rng.integers(1, 5))
     corners = [world.CORNERS[i] for i in rng.permutation(4)]
@@ -130,7 +130,7 @@ def counting(part: str, tuning: bool = False) -> Iterator[dict]:
 # Spatial relations, answered by yes or no.
 
 
-def _spatial(rng: np.random.Generator) -> Program:
+def _spatial(rng: np.random.Generator, tuning: bool) -> Program:
     truth, relation = bool(rng.random() < 0.5), str(rng.choice(list(rationales.RELATIONS)))
     while True:
         scene = world.make_scene(rng, int(rng.integers(2, 5)))
@@ -162,7 +162,7 @@ def spatial(part: str, tuning: bool = False) -> Iterator[dict]:
 # Grounding in a bar chart, answered by a box.
 
 
-def _grounding(rng: np.random.Generator) -> Program:
+def _grounding(rng: np.random.Generator, tuning: bool) -> Program:
     chart = world.make_chart(rng)
     tallest = max(chart, key=lambda bar: bar.height)
     return {
@@ -181,11 +181,15 @@ def grounding(part: str, tuning: bool = False) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic: text only, answered by a number.
+# Arithmetic: text only, answered by a number. Sums; in the tuning stream, differences.
 
 
-def _arithmetic(rng: np.random.Generator) -> Program:
-    a, b = int(rng.integers(10, 100)), int(rng.integers(2, 40))
+def _arithmetic(rng: np.random.Generator, tuning: bool) -> Program:
+    a, b = int(rng.integers(1, 160)), int(rng.integers(1, 10))
+    if tuning:  # there are too few sums for two streams
+        a, b = max(a, b), min(a, b)
+        return {"question": f"What is {a} - {b}?", "answer": str(a - b), "terms": [a, -b]}
+    a, b = (a, b) if rng.random() < 0.5 else (b, a)
     return {"question": f"What is {a} + {b}?", "answer": str(a + b), "terms": [a, b]}
 
 
