@@ -153,13 +153,27 @@ def echo_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
     ]
 
 
+def match_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
+    """Text only: which option is the given one, and whether two answers agree.
+
+    Multiple choice and yes/no need this matching for every fact; learning it apart from any picture is much quicker.
+    """
+    facts = []
+    for kind in (tuple(world.COLOURS), world.SHAPES, world.CORNERS, world.ORDINALS, tuple(world.LETTERS)):
+        answer, *others = (str(word) for word in rng.permutation(list(kind)))
+        facts.append(Fact("same_option", f"The answer is {answer}.", answer, "mcq", tuple(others)))
+        facts.append(Fact("same_answer", f"The answer is {answer}.", answer, "yes_no", tuple(others)))
+    return None, facts
+
+
 # How many dialogues of each kind a batch of 48 holds.
 SOURCES: dict[Callable[[np.random.Generator], tuple[Image.Image | None, list[Fact]]], int] = {
-    scene_facts: 22,
-    chart_facts: 11,
+    scene_facts: 20,
+    chart_facts: 9,
     letter_facts: 7,
-    number_facts: 5,
+    number_facts: 4,
     echo_facts: 3,
+    match_facts: 5,
 }
 
 
@@ -168,7 +182,7 @@ def styles_of(fact: Fact) -> list[tuple[Style, Reasoning]]:
     styles: list[tuple[Style, Reasoning]] = [(fact.style, "none")]
     if fact.think:
         styles.append((fact.style, "think"))
-    if fact.others:
+    if fact.others and fact.think:
         styles += [("mcq", "none"), ("mcq", "think"), ("yes_no", "none"), ("yes_no", "think"), ("brief", "none")]
     return styles
 

@@ -24,10 +24,10 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from tower import train_tower
 from transformers import (
     GenerationConfig,
+    PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
-    Qwen2TokenizerFast,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
     get_cosine_schedule_with_warmup,
@@ -50,7 +50,7 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 GATE = 95.0
 
 
-def build_tokenizer(rng: np.random.Generator) -> Qwen2TokenizerFast:
+def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
     """A byte-level BPE of 640 tokens, learned from the facts: no unknowns; digits and brackets stay single."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,7 +77,8 @@ def build_tokenizer(rng: np.random.Generator) -> Qwen2TokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    return Qwen2TokenizerFast(
+    # Not Qwen2TokenizerFast: it replaces the pre-tokenizer by Qwen's own when it is loaded again.
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -88,7 +89,7 @@ def build_tokenizer(rng: np.random.Generator) -> Qwen2TokenizerFast:
     )
 
 
-def build_processor(tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLProcessor:
+def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
     """Qwen2.5-VL's own processor, with 8-pixel patches: a 64×64 picture is 16 tokens."""
     sizes = {
         "patch_size": PATCH,
@@ -104,7 +105,7 @@ def build_processor(tokenizer: Qwen2TokenizerFast) -> Qwen2_5_VLProcessor:
     )
 
 
-def build_model(tokenizer: Qwen2TokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """The tiny Qwen2.5-VL with random weights, float32."""
     torch.manual_seed(seed)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
