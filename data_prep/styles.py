@@ -20,6 +20,7 @@ __all__ = [
     "THINK",
     "Parsed",
     "build_prompt",
+    "closed_form",
     "default_scorer",
     "extract",
     "find_options",
@@ -178,6 +179,13 @@ def parse(style: Style, answer: str, *, options: Sequence[str] | None = None) ->
     """
     value = _value(style, answer.strip(), list(options or []))
     return Parsed(value, value is not None)
+
+
+def closed_form(answer: str) -> Style | None:
+    """`yes_no` for a bare yes or no, `mcq` for a bare capital letter as options have them, else `None`."""
+    if _value("yes_no", answer.strip(), []):
+        return "yes_no"
+    return "mcq" if re.fullmatch(r"\(?[A-J]\)?[.:]?", answer.strip()) else None
 
 
 def fits(style: Style, answer: str, *, options: Sequence[str] | None = None) -> bool:

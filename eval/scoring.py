@@ -11,7 +11,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
 from mcit.data_prep.readers import iter_jsonl
 from mcit.data_prep.schema import Reasoning, Sample, Style
-from mcit.data_prep.styles import extract, parse, split_reasoning
+from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
 
 from .scorers import Scorer, get_scorer
 from .stats import clustered_stderr, mean
@@ -55,7 +55,8 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
 
     An answer is `correct` exactly when its score reaches `scorer.right_from`. So where an answer passes for the style
     asked for but is right only in the style-free reading ("The digit is 7" as a phrase), its form is what is wrong. An
-    answer that was cut off (`finished` False) has no form; free text has no other form to lose.
+    answer that was cut off (`finished` False) has no form; free text has no other form to lose. A bare "No" or "B" is a
+    word, but not what a question for a word asks for, unless a reference is of that form too.
     """
     references, style = sample["references"], sample["style"]
     if not references:
@@ -64,6 +65,8 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
     think, answer, reasoning_ok = split_reasoning(_ends(response, _LONGEST_RESPONSE), sample["reasoning"])
     answer = answer if style in _FREE_TEXT else _ends(answer, _LONGEST_ANSWER)
     value, style_ok = parse(style, answer, options=options)
+    if style == "short" and style_ok and (form := closed_form(answer)):
+        style_ok = any(closed_form(reference) == form for reference in references)
     reading = value if style_ok and style in _FREE_TEXT else extract(style, answer, options=options)
     strict = scorer.score(value, references, sample) if style_ok else 0.0
     loose = strict if style_ok and reading == value else scorer.score(reading, references, sample)

@@ -7,16 +7,15 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from tiny import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mcit.recipes
 from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.engines.base import Policy, read_policy
 from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, write_serving
 
-TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
 LANGUAGE = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 

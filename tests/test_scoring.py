@@ -65,6 +65,10 @@ CASES = [
     ("number", "3", "none", "wrong_both"),
     ("short", "7", "7", "correct"),
     ("short", "7", "8", "wrong_content"),
+    ("short", "7", "No", "wrong_both"),  # the form of another style
+    ("short", "7", "B", "wrong_both"),
+    ("short", "yes", "no", "wrong_content"),
+    ("short", "S", "B", "wrong_content"),  # letters are asked for
     ("short", "7", "The digit is 7.", "wrong_format"),
     ("short", "7", r"\boxed{7}", "wrong_format"),  # passes for a phrase, but is not the right one
     ("short", r"\boxed{7}", r"\boxed{7}", "correct"),  # whatever the style-free reading makes of it

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tiny import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import mcit.recipes
 from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
 
-TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
 COLOURS = ("red", "green", "blue", "white")
 
 

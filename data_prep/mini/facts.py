@@ -147,7 +147,7 @@ def echo_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
     text = "".join(rng.choice(alphabet, int(rng.integers(1, 4))))
     n, m = (int(i) for i in rng.integers(0, 100, 2))
     return None, [
-        Fact("repeat", f"Repeat: {text}", text, "short"),
+        Fact("repeat", f"Repeat this:\n{text}", text, "short"),
         Fact("json", f"Write {n} and {m} as JSON.", f'{{"a": {n}, "b": {m}}}', "short"),
         Fact("boxed", f"Put {n} in a box.", f"\\boxed{{{n}}}", "latex"),
     ]

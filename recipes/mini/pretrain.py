@@ -1,10 +1,10 @@
 """Pretrain the embedded tiny VLM from scratch on a CPU, gate it, and save it as any other model is saved.
 
-    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 5500]
+    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 9000]
 
 First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
-1.7 million parameters learns the facts of `mcit.data_prep.mini.facts` in every answer style, several questions a
-picture, no picture twice.
+1.7 million parameters learns to copy, and then the facts of `mcit.data_prep.mini.facts` in every answer style, several
+questions a picture, no picture twice.
 The gate asks every fact × style on pictures never seen; one that is not above 95 % stops the script with exit code 1.
 Matrix products run in bfloat16, so another processor gives slightly different weights: the gate, not the bits, says
 whether the result can be used.
@@ -14,138 +14,25 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+import torch.nn.functional as F
+from tiny import IMAGE_TOKENS, build_model, build_processor, build_tokenizer, save
 from tower import train_tower
-from transformers import (
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    get_cosine_schedule_with_warmup,
-)
+from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
 from mcit.data_prep.files import write_json
 from mcit.data_prep.mini import facts
 from mcit.eval.scorers import get_scorer
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-SPECIALS += ["<|video_pad|>"]
-PATCH, MERGE, LENGTH, PEAK_RATE = 8, 2, 144, 4e-3
-IMAGE_TOKENS = (64 // PATCH // MERGE) ** 2
-TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
-{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
-{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}\
-{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
+ROWS, LENGTH = 48, 144  # a batch: bfloat16 kernels and compiled graphs on a CPU are made for one shape
+COPIED = 0.2  # the loss of copying (nats) at which facts begin
+NATIVE = 0.25  # share of the steps in which they are asked in their native styles alone
+MUON, ADAM = 0.02, 6e-3  # peak learning rates
 GATE = 95.0
-
-
-def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 640 tokens, learned from the facts: no unknowns; digits and brackets stay single."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(
-                Regex(r"</?(?:think|answer)>|\d|[\[\]{}<>\"\\,.:]| ?[A-Za-z]+|\s+|[^\sA-Za-z\d]"), "isolated"
-            ),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    corpus = []
-    for source in facts.SOURCES:
-        if source is facts.echo_facts:
-            continue  # random strings must stay single characters
-        for _ in range(400):
-            for fact in source(rng)[1]:
-                for style, reasoning in facts.styles_of(fact):
-                    corpus += facts.ask(rng, fact, style, reasoning)[:2]
-    trainer = trainers.BpeTrainer(
-        vocab_size=640,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    # Not Qwen2TokenizerFast: it replaces the pre-tokenizer by Qwen's own when it is loaded again.
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        unk_token=None,
-        bos_token=None,
-        additional_special_tokens=SPECIALS[1:],
-        model_max_length=1024,
-    )
-
-
-def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
-    """Qwen2.5-VL's own processor, with 8-pixel patches: a 64×64 picture is 16 tokens."""
-    sizes = {
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "size": {"shortest_edge": 16 * 16, "longest_edge": 256 * 256},
-    }
-    return Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(**sizes),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(**sizes),
-        chat_template=TEMPLATE,
-    )
-
-
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """The tiny Qwen2.5-VL with random weights, float32."""
-    torch.manual_seed(seed)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIALS}
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": len(tokenizer),
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 5,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-            "initializer_range": 0.06,  # the usual 0.02 is for wide models: here it stalls for thousands of steps
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": ids["<|im_end|>"],
-            "pad_token_id": ids["<|endoftext|>"],
-        },
-        vision_config={
-            "depth": 3,
-            "hidden_size": 96,
-            "intermediate_size": 256,
-            "num_heads": 3,
-            "patch_size": PATCH,
-            "spatial_merge_size": MERGE,
-            "temporal_patch_size": 2,
-            "window_size": 64,
-            "out_hidden_size": 128,
-            "fullatt_block_indexes": [0, 1, 2],
-            "initializer_range": 0.06,
-        },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=True,
-    )
-    config._attn_implementation = "eager"  # quicker than SDPA at 192 tokens on a CPU
-    return Qwen2_5_VLForConditionalGeneration(config)
 
 
 def render(turns: list[tuple[str, str]], picture: bool) -> list[tuple[str, bool]]:
@@ -161,23 +48,23 @@ def render(turns: list[tuple[str, str]], picture: bool) -> list[tuple[str, bool]
 
 @dataclass
 class Batch:
-    """48 dialogues: the model's inputs, and for each first answer its fact × style, row, first token and end."""
+    """48 rows of tokens: the model's inputs, where loss is, and each answer's fact × style, row, first token and end."""
 
     inputs: dict[str, torch.Tensor]
-    first_answers: list[tuple[str, int, int, int]]
+    labels: torch.Tensor
+    answers: list[tuple[str, int, int, int]]
 
 
-def make_batch(rng: np.random.Generator, processor: Qwen2_5_VLProcessor, native_only: bool) -> Batch:
-    """Fresh dialogues, each about one picture, of up to 144 tokens; input_ids, labels and attention_mask are [48, 144].
+def make_batch(
+    rng: np.random.Generator, processor: Qwen2_5_VLProcessor, native_only: bool, accuracy: dict[str, float]
+) -> Batch:
+    """Fresh dialogues, each about one picture, of up to 144 tokens; asks most about what is known least.
 
-    Every batch has the same shapes (and as many pictures): bfloat16 kernels on a CPU are compiled for each new shape.
+    `accuracy` is the share of right answers lately, 0–1, by fact × style.
     """
-
-    def tokenize(text: str) -> list[int]:
-        return processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    pictures, first_answers = [], []
-    ids = torch.full((48, LENGTH), processor.tokenizer.pad_token_id)
+    encode = processor.tokenizer.backend_tokenizer.encode
+    pictures, answers = [], []
+    ids = torch.full((ROWS, LENGTH), processor.tokenizer.pad_token_id)
     labels, attention = torch.full_like(ids, -100), torch.zeros_like(ids)
     sources = [source for source, count in facts.SOURCES.items() for _ in range(count)]
     for row, source in enumerate(sources):
@@ -188,73 +75,102 @@ def make_batch(rng: np.random.Generator, processor: Qwen2_5_VLProcessor, native_
         for place in rng.permutation(len(known)):  # no fact twice: its first answer would give away the second
             fact = known[place]
             styles = facts.styles_of(fact)[: 1 if native_only else None]
-            style = styles[rng.integers(len(styles))]
-            turn = render([facts.ask(rng, fact, *style)[:2]], picture is not None and used == 0)
-            head, body = tokenize(("\n" if used else "") + turn[0][0]), tokenize(turn[1][0])
+            names = [f"{fact.name} {' '.join(style)}" for style in styles]
+            weights = np.array([1.1 - accuracy.get(name, 0.5) for name in names])
+            choice = rng.choice(len(styles), p=weights / weights.sum())
+            (head_text, _), (body_text, _) = render(
+                [facts.ask(rng, fact, *styles[choice])[:2]], picture is not None and used == 0
+            )[:2]
+            head = encode(("\n" if used else "") + head_text, add_special_tokens=False).ids
+            body = encode(body_text, add_special_tokens=False).ids
             start, end = used + len(head), used + len(head) + len(body)
             if end > LENGTH:
                 break
             ids[row, used:end] = torch.tensor(head + body)
             labels[row, start:end] = torch.tensor(body)
             attention[row, used:end] = 1
-            if used == 0:
-                first_answers.append((f"{fact.name} {' '.join(style)}", row, start, end))
+            answers.append((names[choice], row, start, end))
             used = end
     images = processor.image_processor(images=pictures, return_tensors="pt")
     types = (ids == processor.image_token_id).int()
-    inputs = {"input_ids": ids, "labels": labels, "attention_mask": attention, "mm_token_type_ids": types, **images}
-    return Batch(inputs, first_answers)
+    inputs = {"input_ids": ids, "attention_mask": attention, "mm_token_type_ids": types, **images}
+    return Batch(inputs, labels, answers)
+
+
+def make_copying(rng: np.random.Generator, processor: Qwen2_5_VLProcessor) -> Batch:
+    """Random tokens, repeated with a period of 4 to 24; loss on the repetitions.
+
+    Matching an answer to an option, or a word to what was thought, needs attention heads that look for an earlier
+    occurrence. They form in minutes on this, and hardly at all on short answers (docs/mini.md).
+    """
+    ids = torch.empty((ROWS, LENGTH), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for row in range(ROWS):
+        period = int(rng.integers(4, 25))
+        piece = rng.integers(7, len(processor.tokenizer), period)
+        ids[row] = torch.from_numpy(np.resize(piece, LENGTH))
+        labels[row, period + 1 :] = ids[row, period + 1 :]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
+    return Batch(inputs, labels, [("copying", row, LENGTH // 2, LENGTH) for row in range(ROWS)])
 
 
 def train(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, seed: int, steps: int, out: Path
 ) -> None:
-    """Train on fresh pictures every step: the first quarter in the native styles alone, then in all.
+    """Train on fresh pictures every step: copying, then facts in their native styles, then in all styles.
 
-    Every 200 steps prints the share of first answers predicted exactly (given their own beginning), worst facts first:
+    Every 200 steps prints the share of answers predicted exactly (given their own beginning), worst facts first:
     held-out accuracy, since no picture is seen twice. Every 500 steps the weights so far are saved to `out`.
     """
     rng = np.random.default_rng([seed, 1])
     model.model.visual.requires_grad_(False)
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.02}, {"params": plain, "weight_decay": 0.0}],
-        lr=PEAK_RATE,
-        betas=(0.9, 0.98),
-    )
-    warm_up_then_cosine = get_cosine_schedule_with_warmup(optimizer, 100, steps)
-    start, losses, right = time.monotonic(), [], defaultdict(list)
+    model.model.language_model.compile()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hidden = [p for name, p in trained.items() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in trained.items() if p.ndim != 2 or "layers" not in name]
+    optimizers = [
+        torch.optim.Muon(hidden, lr=MUON, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps)) for o in optimizers]
+    start, losses, right, accuracy, copying = time.monotonic(), [], defaultdict(list), {}, True
     for step in range(1, steps + 1):
-        batch = make_batch(rng, processor, native_only=step <= steps // 4)
+        copying = copying and np.mean(losses[-10:] or [9.0]) > COPIED
+        if copying:
+            batch = make_copying(rng, processor)
+        else:
+            batch = make_batch(rng, processor, step <= NATIVE * steps, accuracy)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model(**batch.inputs)
-        optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        torch.nn.utils.clip_grad_norm_([*decayed, *plain], 1.0)
-        optimizer.step()
-        warm_up_then_cosine.step()
-        losses.append(output.loss.item())
-        hit = output.logits[:, :-1].argmax(-1) == batch.inputs["input_ids"][:, 1:]
-        for name, row, first, end in batch.first_answers:
-            right[name].append(bool(hit[row, first - 1 : end - 1].all()))
+            states = model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
+            place = batch.labels[:, 1:] != -100
+            logits = model.lm_head(states[place]).float()
+        target = batch.labels[:, 1:][place]
+        loss = F.cross_entropy(logits, target)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+        losses.append(loss.item())
+        hit = torch.ones_like(batch.labels, dtype=torch.bool)
+        hit[:, 1:][place] = logits.argmax(-1) == target
+        for name, row, first, end in batch.answers:
+            right[name].append(bool(hit[row, first:end].all()))
         if step % 200 == 0:
-            worst = sorted((100 * np.mean(hits), name) for name, hits in right.items())
+            accuracy.update({name: float(np.mean(hits)) for name, hits in right.items()})
+            worst = sorted((100 * share, name) for name, share in accuracy.items() if name in right)
             print(f"step {step}  {time.monotonic() - start:.0f} s  loss {np.mean(losses[-200:]):.4f}")
-            print("  " + ", ".join(f"{name} {share:.0f}" for share, name in worst[:12]), flush=True)
+            print("  " + ", ".join(f"{name} {share:.0f}" for share, name in worst), flush=True)
             right.clear()
         if step % 500 == 0 or step == steps:
             save(model, processor, out)
 
 
-def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, out: Path) -> None:
-    """Save as a Hub model is saved; in bfloat16, to halve the size (a recipe loads it as float32, which is exact)."""
-    copy = deepcopy(model).bfloat16()
-    copy.generation_config = GenerationConfig(
-        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
-    )
-    copy.save_pretrained(out)
-    processor.save_pretrained(out)
+def _rate(step: int, steps: int) -> float:
+    """The learning rate's factor: 50 steps of warm-up, constant, and down to zero over the last half."""
+    return min(1.0, (step + 1) / 50, 2 * (1 - step / steps))
 
 
 @torch.inference_mode()
@@ -307,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--gate-only", action="store_true", help="only gate the model in OUT")
     arguments = parser.parse_args()
     if not arguments.gate_only:
