@@ -182,10 +182,10 @@ def parse(style: Style, answer: str, *, options: Sequence[str] | None = None) ->
 
 
 def closed_form(answer: str) -> Style | None:
-    """`yes_no` for a bare yes or no, `mcq` for a bare capital letter as options have them, else `None`."""
+    """`yes_no` for a bare yes or no, `mcq` for a bare capital letter, else `None`."""
     if _value("yes_no", answer.strip(), []):
         return "yes_no"
-    return "mcq" if re.fullmatch(r"\(?[A-J]\)?[.:]?", answer.strip()) else None
+    return "mcq" if re.fullmatch(r"\(?[A-Z]\)?[.:]?", answer.strip()) else None
 
 
 def fits(style: Style, answer: str, *, options: Sequence[str] | None = None) -> bool:

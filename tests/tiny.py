@@ -1,4 +1,4 @@
-"""The embedded tiny model with random weights: for tests of machinery, which must not lean on what the model has learned.
+"""The embedded tiny model with random weights: for tests that must not lean on what the model has learned.
 
 Random weights give answers that differ from policy to policy and from prompt to prompt, in no particular form.
 """

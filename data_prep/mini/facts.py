@@ -166,14 +166,14 @@ def match_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
     return None, facts
 
 
-# How many dialogues of each kind a batch of 48 holds.
+# How many dialogues of each kind a batch of 24 holds.
 SOURCES: dict[Callable[[np.random.Generator], tuple[Image.Image | None, list[Fact]]], int] = {
-    scene_facts: 20,
-    chart_facts: 9,
-    letter_facts: 7,
-    number_facts: 4,
-    echo_facts: 3,
-    match_facts: 5,
+    scene_facts: 9,
+    chart_facts: 4,
+    letter_facts: 3,
+    number_facts: 3,
+    echo_facts: 2,
+    match_facts: 3,
 }
 
 

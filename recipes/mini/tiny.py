@@ -133,36 +133,69 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForC
 
 @torch.no_grad()
 def _initialise(model: Qwen2_5_VLForConditionalGeneration) -> None:
-    """The language model as nanochat starts its own: wide embeddings, and layers that add nothing yet.
+    """Start the language model with wide embeddings, and with attention that already does what a trained model's does.
 
-    With the usual narrow, tied embeddings what a token is drowns in what random layers add to it, and matching one
-    word with another takes ten times as long to emerge.
+    With the usual narrow, tied embeddings what a token is drowns in what random layers add to it. And to answer "Where
+    is the red shape?" a head must carry ` red` to where the answer begins, and another find it in the picture: neither
+    has a gradient before the other works, so from random heads such pairs take long to emerge (docs/mini.md).
     """
     model.get_input_embeddings().weight.normal_(std=1.0)
     model.lm_head.weight.normal_(std=0.02)
-    for layer in model.model.language_model.layers:
-        layer.self_attn.q_proj.weight *= 0.5
-        layer.self_attn.k_proj.weight *= 0.5
-        layer.self_attn.o_proj.weight.zero_()
+    for depth, layer in enumerate(model.model.language_model.layers):
+        attention = layer.self_attn
         layer.mlp.down_proj.weight.zero_()
-    for layer in model.model.language_model.layers[:2]:
-        _look_back(layer.self_attn)
+        attention.q_proj.weight *= 0.5
+        attention.k_proj.weight *= 0.5
+        # Together the heads pass on exactly what they find.
+        torch.nn.init.orthogonal_(attention.v_proj.weight)
+        attention.o_proj.weight.copy_(attention.v_proj.weight.T)
+        if depth < 2:
+            _look_back(attention)
+        if depth < 3:
+            _look_around(attention)
+        _match(attention)
 
 
-@torch.no_grad()
-def _look_back(attention: torch.nn.Module, strength: float = 5.0) -> None:
-    """Start the first head out looking at the token before, by its biases alone.
-
-    The score of two biases under rotary positions depends on the distance only; these peak at distance one. Heads that
-    look one back are what copying ("induction") heads are built on, and the slowest part of them to emerge.
-    """
+def _turns(attention: torch.nn.Module) -> torch.Tensor:
+    """By how many radians a position turns each pair of a head's dimensions: [head_dim / 2]."""
     half = attention.head_dim // 2
-    angle = THETA ** (-torch.arange(half) / half)  # of one position, per pair of dimensions
-    head = slice(0, 2 * half)
-    attention.k_proj.bias[head] = torch.cat([torch.full((half,), strength), torch.zeros(half)])
-    attention.q_proj.bias[head] = strength * torch.cat([torch.cos(angle), -torch.sin(angle)])
+    return THETA ** (-torch.arange(half) / half)
+
+
+def _prefer_distance(attention: torch.nn.Module, head: int, strength: torch.Tensor, distance: int) -> None:
+    """Bias `head` towards the token `distance` back: two biases, turned by their positions, score by distance alone.
+
+    `strength` is that of each pair of dimensions, [head_dim / 2]; fast pairs give a sharp peak, slow ones a broad one.
+    """
+    rows, angle = slice(head * attention.head_dim, (head + 1) * attention.head_dim), distance * _turns(attention)
+    attention.k_proj.bias[rows] = torch.cat([strength, torch.zeros_like(strength)])
+    attention.q_proj.bias[rows] = torch.cat([strength * torch.cos(angle), -strength * torch.sin(angle)])
     for projection in (attention.q_proj, attention.k_proj):
-        projection.weight[head] *= 0.1
+        projection.weight[rows] *= 0.1
+
+
+def _look_back(attention: torch.nn.Module) -> None:
+    """Head 0 looks at the token before: what copying ("induction") heads are built on."""
+    _prefer_distance(attention, 0, torch.full((attention.head_dim // 2,), 5.0), 1)
+
+
+def _look_around(attention: torch.nn.Module) -> None:
+    """Head 1 gathers the last ten tokens or so, the nearest most."""
+    turns = _turns(attention)
+    _prefer_distance(attention, 1, 3.5 * ((turns > 0.05) & (turns < 0.3)), 0)
+
+
+def _match(attention: torch.nn.Module) -> None:
+    """Heads 2 and 3 look for tokens like the one they are at, however far away.
+
+    Queries and keys are one projection ("mimetic initialisation", Trockman and Kolter, 2023), on the pairs of
+    dimensions that positions hardly turn. So ` red` finds ` red`, among options and in the picture.
+    """
+    slow = (_turns(attention) < 0.01).repeat(2)[:, None]
+    for head in (2, 3):
+        rows = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        attention.q_proj.weight[rows] = 0.1 * torch.randn_like(attention.q_proj.weight[rows]) * slow
+        attention.k_proj.weight[rows] = attention.q_proj.weight[rows]
 
 
 def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, out: Path) -> None:

@@ -28,6 +28,7 @@ WORDS: dict[str, Sequence[str]] = {
     "height": ("top", "bottom"),
     "side": ("left", "right"),
     "place": world.ORDINALS,
+    "letter": tuple(world.LETTERS),  # every token of a letter says which it is
 }
 HEADS = {"row": GRID, "column": GRID}
 HEADS |= dict.fromkeys(("x1", "y1", "x2", "y2"), world.SIZE // 2 + 1)  # boxes lie on a 2-pixel grid
@@ -40,7 +41,7 @@ def train_tower(
     """Train tower and projector for `steps` batches of 60 fresh pictures; prints each label's accuracy."""
     rng, visual = np.random.default_rng([seed, 3]), model.model.visual
     width = model.config.vision_config.out_hidden_size
-    vectors = {name: _word_vectors(model, processor, words) for name, words in (WORDS | {"letter": world.LETTERS}).items()}
+    vectors = {name: _word_vectors(model, processor, words) for name, words in WORDS.items()}
     heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
     parameters = [*visual.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
@@ -48,21 +49,21 @@ def train_tower(
     for step in range(1, steps + 1):
         pictures, labels = _batch(rng)
         inputs = processor.image_processor(images=pictures, return_tensors="pt")
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            tokens = visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
-            tokens = tokens.view(len(pictures), GRID * GRID, width)
-            scores = {name: head(tokens).float() for name, head in heads.items()}
-        tokens = tokens.float()
-        scores |= {name: F.pad(tokens @ vectors[name].T, (1, 0)) for name in WORDS}
-        scores["letter"] = tokens[-KINDS:] @ vectors["letter"].T  # every token of a letter says which it is
-        losses = [F.cross_entropy(scores[name].flatten(0, 1), labels[name].flatten()) for name in scores]
+        tokens = visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        tokens = tokens.view(len(pictures), GRID * GRID, width)
+        scores = {name: tokens @ vectors[name].T for name in WORDS}  # 1 for a word itself
+        wrong = [(scores[name] - F.one_hot(labels[name], 1 + len(WORDS[name]))[..., 1:]).square() for name in WORDS]
+        loss = 10 * torch.cat(wrong, -1).sum(-1).mean() + 0.02 * tokens.square().mean()
+        logits = {name: F.pad(10 * score, (1, 0), value=5.0) for name, score in scores.items()}
+        logits |= {name: head(tokens) for name, head in heads.items()}
+        loss += sum(F.cross_entropy(logits[name].flatten(0, 1), labels[name].flatten()) for name in logits)
         optimizer.zero_grad(set_to_none=True)
-        torch.stack(losses).sum().backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            right = {n: (scores[n].argmax(-1) == labels[n])[labels[n] != NOTHING].float().mean() for n in scores}
+            right = {n: (logits[n].argmax(-1) == labels[n])[labels[n] != NOTHING].float().mean() for n in logits}
             shares = ", ".join(f"{name} {100 * share:.0f}" for name, share in right.items())
             print(f"tower {step}  {time.monotonic() - start:.0f} s  {shares}", flush=True)
 
@@ -70,15 +71,15 @@ def train_tower(
 def _word_vectors(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, words: Sequence[str]
 ) -> Tensor:
-    """The embeddings of ` word`, each one token, over the root of their width: [words, width]."""
+    """The embeddings of ` word`, each one token, over their squared length: [words, width]."""
     ids = [processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
     assert all(len(token) == 1 for token in ids), f"not every word is one token: {words}"
     vectors = model.get_input_embeddings().weight.detach()[[token[0] for token in ids]]
-    return vectors / vectors.shape[1] ** 0.5
+    return vectors / vectors.square().sum(1, keepdim=True)
 
 
 def _batch(rng: np.random.Generator) -> tuple[list[Image.Image], Labels]:
-    """20 scenes, 20 charts, 20 letters; labels by name, each [60, 16], of `letter` [20, 16]."""
+    """20 scenes, 20 charts, 20 letters; labels by name, each [60, 16]."""
     pictures = []
     labels = {name: torch.zeros((3 * KINDS, GRID, GRID), dtype=torch.long) for name in WORDS}
     labels |= {name: torch.full((3 * KINDS, GRID, GRID), NOTHING) for name in HEADS}
@@ -106,7 +107,8 @@ def _batch(rng: np.random.Generator) -> tuple[list[Image.Image], Labels]:
                 labels["place"][where] = 1 + world.ORDINALS.index(bar.place)
     letters = rng.integers(0, len(world.LETTERS), KINDS)
     pictures += [world.draw_letter(rng, world.LETTERS[i]) for i in letters]
-    labels["letter"] = torch.from_numpy(letters)[:, None].expand(KINDS, GRID * GRID)
+    labels["letter"][-KINDS:] = 1 + torch.from_numpy(letters)[:, None, None]
+    labels["height"][-KINDS:] = labels["side"][-KINDS:] = 0
     return pictures, {name: value.flatten(1) for name, value in labels.items()}
 
 
