@@ -14,14 +14,14 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from lessons import Row, agree, caption, choose, copy, opening, pack, questions
 from muon import Muon
-from tiny import IMAGE_TOKENS, build_model, build_processor, build_tokenizer, save
+from tiny import build_model, build_processor, build_tokenizer, save
 from tower import train_tower
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
@@ -29,122 +29,23 @@ from mcit.data_prep.files import write_json
 from mcit.data_prep.mini import facts
 from mcit.eval.scorers import get_scorer
 
-ROWS, LENGTH = 24, 144  # a batch
-COPIED = 0.2  # the loss of copying (nats) at which facts begin
-CAPTIONS = 0.15
-PRETEXTS = ("copying", "caption")
+SOURCES = [source for source, count in facts.SOURCES.items() for _ in range(count)]  # of the rows of a batch
+FIRST = 0.1  # share of the steps that go to captions and drills
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
 
 
-def render(turns: list[tuple[str, str]], picture: bool) -> list[tuple[str, bool]]:
-    """A dialogue as pieces of text with whether they carry loss; exactly what the chat template gives."""
-    pieces = []
-    for i, (prompt, answer) in enumerate(turns):
-        image = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>" if picture and i == 0 else ""
-        pieces.append((f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n", False))
-        pieces.append((f"{answer}<|im_end|>", True))
-        pieces.append(("\n", False))
-    return pieces[:-1]
-
-
-@dataclass
-class Batch:
-    """Rows of tokens: the model's inputs, where loss is, and each answer's fact × style, row, first token and end."""
-
-    inputs: dict[str, torch.Tensor]
-    labels: torch.Tensor
-    answers: list[tuple[str, int, int, int]]
-
-
-def make_batch(rng: np.random.Generator, processor: Qwen2_5_VLProcessor, accuracy: dict[str, float]) -> Batch:
-    """Fresh dialogues, each about one picture, of up to 144 tokens; asks most about what is known least.
-
-    `accuracy` is the share of right answers lately, 0–1, by fact × style.
-    """
-    encode = processor.tokenizer.backend_tokenizer.encode
-    pictures, answers = [], []
-    ids = torch.full((ROWS, LENGTH), processor.tokenizer.pad_token_id)
-    labels, attention = torch.full_like(ids, -100), torch.zeros_like(ids)
-    sources = [source for source, count in facts.SOURCES.items() for _ in range(count)]
-    for row, source in enumerate(sources):
-        picture, known = source(rng)
-        if picture is not None:
-            pictures.append(picture)
-        used = 0
-        for place in rng.permutation(len(known)):  # no fact twice: its first answer would give away the second
-            fact = known[place]
-            styles = facts.styles_of(fact)
-            names = [f"{fact.name} {' '.join(style)}" for style in styles]
-            weights = np.array([1.1 - accuracy.get(name, 0.5) for name in names])
-            choice = rng.choice(len(styles), p=weights / weights.sum())
-            (head_text, _), (body_text, _) = render(
-                [facts.ask(rng, fact, *styles[choice])[:2]], picture is not None and used == 0
-            )[:2]
-            head = encode(("\n" if used else "") + head_text, add_special_tokens=False).ids
-            body = encode(body_text, add_special_tokens=False).ids
-            start, end = used + len(head), used + len(head) + len(body)
-            if end > LENGTH:
-                continue
-            ids[row, used:end] = torch.tensor(head + body)
-            labels[row, start:end] = torch.tensor(body)
-            attention[row, used:end] = 1
-            answers.append((names[choice], row, start, end))
-            used = end
-    images = processor.image_processor(images=pictures, return_tensors="pt")
-    types = (ids == processor.image_token_id).int()
-    inputs = {"input_ids": ids, "attention_mask": attention, "mm_token_type_ids": types, **images}
-    return Batch(inputs, labels, answers)
-
-
-def make_copying(rng: np.random.Generator, processor: Qwen2_5_VLProcessor) -> Batch:
-    """Random tokens, repeated with a period of 4 to 24; loss on the repetitions.
-
-    Matching an answer to an option, or a word to what was thought, needs attention heads that look for an earlier
-    occurrence. They form in minutes on this, and hardly at all on short answers (docs/mini.md).
-    """
-    ids = torch.empty((ROWS, LENGTH), dtype=torch.long)
-    labels = torch.full_like(ids, -100)
-    for row in range(ROWS):
-        period = int(rng.integers(4, 25))
-        piece = rng.integers(7, len(processor.tokenizer), period)
-        ids[row] = torch.from_numpy(np.resize(piece, LENGTH))
-        labels[row, period + 1 :] = ids[row, period + 1 :]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.zeros_like(ids)}
-    return Batch(inputs, labels, [("copying", row, LENGTH // 2, LENGTH) for row in range(ROWS)])
-
-
-def make_captions(rng: np.random.Generator, processor: Qwen2_5_VLProcessor) -> Batch:
-    """Pictures described sentence by sentence, in random order: what a question asks for, at many more words a picture."""
-    tokenizer, pictures, answers = processor.tokenizer, [], []
-    ids = torch.full((ROWS, LENGTH), tokenizer.pad_token_id)
-    labels, attention = torch.full_like(ids, -100), torch.zeros_like(ids)
-    sources = [source for source, count in facts.SOURCES.items() for _ in range(count)]
-    seen = [source for source in sources if source(rng)[0] is not None]
-    for row in range(ROWS):
-        picture, known = seen[row % len(seen)](rng)
-        pictures.append(picture)
-        sentences = [f"{fact.think} {fact.answer}" if fact.style == "bbox" else fact.think for fact in known]
-        caption = " ".join(str(sentence) for sentence in rng.permutation(sorted(set(sentences))))
-        head, body = (
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text, _ in render([("Describe the picture.", caption)], True)[:2]
-        )
-        used = min(LENGTH, len(head) + len(body))
-        ids[row, :used] = torch.tensor((head + body)[:used])
-        labels[row, len(head) : used] = ids[row, len(head) : used]
-        attention[row, :used] = 1
-        answers.append(("caption", row, len(head), used))
-    images = processor.image_processor(images=pictures, return_tensors="pt")
-    types = (ids == processor.image_token_id).int()
-    inputs = {"input_ids": ids, "attention_mask": attention, "mm_token_type_ids": types, **images}
-    return Batch(inputs, labels, answers)
+def first_lesson(rng: np.random.Generator) -> list[Row]:
+    """Half the rows describe pictures, half are drills."""
+    seen = [source for source in SOURCES if source in (facts.scene_facts, facts.chart_facts, facts.letter_facts)]
+    captions = [caption(rng, seen[i % len(seen)]) for i in range(len(SOURCES) // 2)]
+    return captions + [(choose, agree, copy)[i % 3](rng) for i in range(len(SOURCES) - len(captions))]
 
 
 def train(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, seed: int, steps: int, out: Path
 ) -> None:
-    """Train on fresh pictures every step: copying, then facts in their native styles, then in all styles.
+    """Train on fresh pictures every step: captions and drills, then questions.
 
     Every 200 steps prints the share of answers predicted exactly (given their own beginning), worst facts first:
     held-out accuracy, since no picture is seen twice. Every 500 steps the weights so far are saved to `out`.
@@ -159,15 +60,10 @@ def train(
         torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0),
     ]
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _rate(step, steps)) for o in optimizers]
-    start, losses, right, accuracy, copying = time.monotonic(), [], defaultdict(list), {}, True
+    start, losses, right, accuracy = time.monotonic(), [], defaultdict(list), {}
     for step in range(1, steps + 1):
-        copying = copying and np.mean(losses[-10:] or [9.0]) > COPIED
-        if copying:
-            batch = make_copying(rng, processor)
-        elif step <= CAPTIONS * steps:
-            batch = make_captions(rng, processor)
-        else:
-            batch = make_batch(rng, processor, accuracy)
+        rows = first_lesson(rng) if step <= FIRST * steps else [questions(rng, source, accuracy) for source in SOURCES]
+        batch = pack(rows, processor)
         states = model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
         place = batch.labels[:, 1:] != -100
         logits = model.lm_head(states[place])
@@ -184,8 +80,7 @@ def train(
         hit = torch.ones_like(batch.labels, dtype=torch.bool)
         hit[:, 1:][place] = logits.argmax(-1) == target
         for name, row, first, end in batch.answers:
-            found = hit[row, first:end]
-            right[name].append(float(found.float().mean() if name in PRETEXTS else found.all()))
+            right[name].append(bool(hit[row, first:end].all()))
         if step % 200 == 0:
             accuracy.update({name: float(np.mean(hits)) for name, hits in right.items()})
             worst = sorted((100 * share, name) for name, share in accuracy.items() if name in right)
@@ -220,10 +115,7 @@ def gate(
         correct = []
         for begin in range(0, len(items), 100):
             part = items[begin : begin + 100]
-            texts = [
-                "".join(t for t, _ in render([(s["prompt"][0]["content"], "")], picture is not None)[:1])
-                for picture, s in part
-            ]
+            texts = [opening(s["prompt"][0]["content"], picture is not None) for picture, s in part]
             inputs = processor.tokenizer(
                 texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
             )

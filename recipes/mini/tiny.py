@@ -127,19 +127,23 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForC
     )
     config._attn_implementation = "eager"  # quicker than SDPA at 192 tokens on a CPU
     model = Qwen2_5_VLForConditionalGeneration(config)
-    _initialise(model)
+    _initialise(model, tokenizer)
     return model
 
 
 @torch.no_grad()
-def _initialise(model: Qwen2_5_VLForConditionalGeneration) -> None:
+def _initialise(model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     """Start the language model with wide embeddings, and with attention that already does what a trained model's does.
 
     With the usual narrow, tied embeddings what a token is drowns in what random layers add to it. And to answer "Where
     is the red shape?" a head must carry ` red` to where the answer begins, and another find it in the picture: neither
     has a gradient before the other works, so from random heads such pairs take long to emerge (docs/mini.md).
     """
-    model.get_input_embeddings().weight.normal_(std=1.0)
+    embeddings = model.get_input_embeddings().weight.normal_(std=1.0)
+    vocabulary = tokenizer.get_vocab()
+    for token, row in vocabulary.items():  # a word is much the same with a space before it and without
+        if token.startswith("Ġ") and token[1:] in vocabulary:
+            embeddings[vocabulary[token[1:]]].mul_(0.3).add_(embeddings[row], alpha=0.95)
     model.lm_head.weight.normal_(std=0.02)
     for depth, layer in enumerate(model.model.language_model.layers):
         attention = layer.self_attn

@@ -1,0 +1,140 @@
+"""What a batch of pretraining holds: pictures described, drills in matching and copying, and questions in every style.
+
+Everything is a row of turns: text without loss, text with loss, and the name its accuracy is counted under.
+"""
+
+import string
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from tiny import IMAGE_TOKENS
+from transformers import Qwen2_5_VLProcessor
+
+from mcit.data_prep.mini import facts, world
+from mcit.data_prep.styles import state_proposition
+
+LENGTH = 144  # tokens a row
+Source = Callable[[np.random.Generator], tuple[Image.Image | None, list[facts.Fact]]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Turns (given, wanted, name), about a picture or none."""
+
+    picture: Image.Image | None
+    turns: Iterable[tuple[str, str, str]]
+
+
+@dataclass
+class Batch:
+    """The model's inputs and labels, [rows, 144], and each wanted text's name, row, first token and end."""
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    answers: list[tuple[str, int, int, int]]
+
+
+def opening(prompt: str, picture: bool) -> str:
+    """A user turn up to where the answer begins, exactly as the chat template gives it."""
+    image = "<|vision_start|>" + "<|image_pad|>" * IMAGE_TOKENS + "<|vision_end|>" if picture else ""
+    return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def questions(rng: np.random.Generator, source: Source, accuracy: dict[str, float]) -> Row:
+    """One picture's facts, each once (a second time, the first answer would give it away), in styles known least.
+
+    `accuracy` is the share of right answers lately, 0–1, by fact × style.
+    """
+    picture, known = source(rng)
+    turns = []
+    for place in rng.permutation(len(known)):
+        fact = known[place]
+        styles = facts.styles_of(fact)
+        names = [f"{fact.name} {' '.join(style)}" for style in styles]
+        weights = np.array([1.1 - accuracy.get(name, 0.5) for name in names])
+        choice = rng.choice(len(styles), p=weights / weights.sum())
+        prompt, answer, _ = facts.ask(rng, fact, *styles[choice])
+        given = opening(prompt, picture is not None and not turns)
+        turns.append((("\n" if turns else "") + given, f"{answer}<|im_end|>", names[choice]))
+    return Row(picture, turns)
+
+
+def caption(rng: np.random.Generator, source: Source) -> Row:
+    """A picture described sentence by sentence, in random order: many more words a picture than questions hold."""
+    picture, known = source(rng)
+    sentences = {f"{fact.think} {fact.answer}" if fact.style == "bbox" else fact.think for fact in known}
+    turns = [("", f" {sentence}", "caption") for sentence in rng.permutation(sorted(sentences))]
+    return Row(picture, [(opening("Describe the picture.", True), *turns[0][1:]), *turns[1:]])
+
+
+def _words(rng: np.random.Generator) -> list[str]:
+    """All answers of one kind, or numbers near each other, shuffled."""
+    kinds = (tuple(world.COLOURS), world.SHAPES, world.CORNERS, world.ORDINALS, tuple(world.LETTERS))
+    kind = rng.integers(len(kinds) + 1)
+    near = int(rng.integers(0, 110)) + rng.permutation(12)[:4]
+    return [str(word) for word in (near if kind == len(kinds) else rng.permutation(list(kinds[kind])))]
+
+
+def choose(rng: np.random.Generator) -> Row:
+    """Which letter stands before a word; every option of a list is asked for."""
+    turns = []
+    for _ in range(8):
+        options = _words(rng)[: rng.integers(2, 5)]
+        listed = "".join(
+            f"{letter}. {option}\n" for letter, option in zip(string.ascii_uppercase, options, strict=False)
+        )
+        for i in rng.permutation(len(options)):
+            turns.append((f"{listed}The answer is {options[i]}.\n", f"{string.ascii_uppercase[i]}\n", "choose"))
+            listed = ""
+    return Row(None, turns)
+
+
+def agree(rng: np.random.Generator) -> Row:
+    """Whether two words are the same."""
+    turns = []
+    for _ in range(12):
+        answer, other = _words(rng)[:2]
+        same = bool(rng.random() < 0.5)
+        proposition = state_proposition(f"The answer is {answer}.", answer if same else other)
+        turns.append((f"{proposition}\n", "Yes\n" if same else "No\n", "agree"))
+    return Row(None, turns)
+
+
+def copy(rng: np.random.Generator) -> Row:
+    """Characters in no order, again."""
+    alphabet = list(string.ascii_letters + string.digits + string.punctuation)
+    turns = []
+    for _ in range(8):
+        text = "".join(rng.choice(alphabet, int(rng.integers(2, 12))))
+        turns.append((f"Repeat this:\n{text}\n", f"{text}\n", "copy"))
+    return Row(None, turns)
+
+
+def pack(rows: list[Row], processor: Qwen2_5_VLProcessor) -> Batch:
+    """Tokenize; a turn for which a row has no room left is left out."""
+    encode = processor.tokenizer.backend_tokenizer.encode
+    ids = torch.full((len(rows), LENGTH), processor.tokenizer.pad_token_id)
+    labels, attention, answers = torch.full_like(ids, -100), torch.zeros_like(ids), []
+    for number, row in enumerate(rows):
+        used = 0
+        for given, wanted, name in row.turns:
+            head, body = (encode(text, add_special_tokens=False).ids for text in (given, wanted))
+            start, end = used + len(head), used + len(head) + len(body)
+            if end > LENGTH:
+                continue
+            ids[number, used:end] = torch.tensor(head + body)
+            labels[number, start:end] = torch.tensor(body)
+            attention[number, used:end] = 1
+            answers.append((name, number, start, end))
+            used = end
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": attention,
+        "mm_token_type_ids": (ids == processor.image_token_id).int(),
+    }
+    pictures = [row.picture for row in rows if row.picture is not None]
+    inputs |= processor.image_processor(images=pictures, return_tensors="pt")
+    return Batch(inputs, labels, answers)
