@@ -87,7 +87,8 @@ def choose(rng: np.random.Generator) -> Row:
             f"{letter}. {option}\n" for letter, option in zip(string.ascii_uppercase, options, strict=False)
         )
         for i in rng.permutation(len(options)):
-            turns.append((f"{listed}The answer is {options[i]}.\n", f"{string.ascii_uppercase[i]}\n", "choose"))
+            given = rng.choice([f" {options[i]}:", f"The answer is {options[i]}.", f"The answer is {options[i]}.\n"])
+            turns.append((f"{listed}{given}", f"{string.ascii_uppercase[i]}\n", "choose"))
             listed = ""
     return Row(None, turns)
 
@@ -98,8 +99,10 @@ def agree(rng: np.random.Generator) -> Row:
     for _ in range(12):
         answer, other = _words(rng)[:2]
         same = bool(rng.random() < 0.5)
-        proposition = state_proposition(f"The answer is {answer}.", answer if same else other)
-        turns.append((f"{proposition}\n", "Yes\n" if same else "No\n", "agree"))
+        candidate = answer if same else other
+        far = state_proposition(f"The answer is {answer}.", candidate)
+        given = rng.choice([f" {answer}, {candidate}?", f"The answer is {answer}. Is it {candidate}?\n", f"{far}\n"])
+        turns.append((given, "Yes\n" if same else "No\n", "agree"))
     return Row(None, turns)
 
 
@@ -136,5 +139,6 @@ def pack(rows: list[Row], processor: Qwen2_5_VLProcessor) -> Batch:
         "mm_token_type_ids": (ids == processor.image_token_id).int(),
     }
     pictures = [row.picture for row in rows if row.picture is not None]
-    inputs |= processor.image_processor(images=pictures, return_tensors="pt")
+    if pictures:
+        inputs |= processor.image_processor(images=pictures, return_tensors="pt")
     return Batch(inputs, labels, answers)
