@@ -78,7 +78,7 @@ def _words(rng: np.random.Generator) -> list[str]:
     return [str(word) for word in (near if kind == len(kinds) else rng.permutation(list(kinds[kind])))]
 
 
-def choose(rng: np.random.Generator) -> Row:
+def choose(rng: np.random.Generator, near: bool) -> Row:
     """Which letter stands before a word; every option of a list is asked for."""
     turns = []
     for _ in range(8):
@@ -87,22 +87,24 @@ def choose(rng: np.random.Generator) -> Row:
             f"{letter}. {option}\n" for letter, option in zip(string.ascii_uppercase, options, strict=False)
         )
         for i in rng.permutation(len(options)):
-            given = rng.choice([f" {options[i]}:", f"The answer is {options[i]}.", f"The answer is {options[i]}.\n"])
+            given = f"The answer is {options[i]}." + ("" if near or rng.random() < 0.5 else "\n")
             turns.append((f"{listed}{given}", f"{string.ascii_uppercase[i]}\n", "choose"))
             listed = ""
     return Row(None, turns)
 
 
-def agree(rng: np.random.Generator) -> Row:
-    """Whether two words are the same."""
+def agree(rng: np.random.Generator, near: bool) -> Row:
+    """Whether two words are the same. Asked from further away this is learned only after it is known from near."""
     turns = []
     for _ in range(12):
         answer, other = _words(rng)[:2]
         same = bool(rng.random() < 0.5)
         candidate = answer if same else other
-        far = state_proposition(f"The answer is {answer}.", candidate)
-        given = rng.choice([f" {answer}, {candidate}?", f"The answer is {answer}. Is it {candidate}?\n", f"{far}\n"])
-        turns.append((given, "Yes\n" if same else "No\n", "agree"))
+        if near or rng.random() < 0.4:
+            given, name = f"The answer is {answer}. Is it {candidate}?\n", "agree"
+        else:
+            given, name = state_proposition(f"The answer is {answer}.", candidate) + "\n", "agree from afar"
+        turns.append((given, "Yes\n" if same else "No\n", name))
     return Row(None, turns)
 
 

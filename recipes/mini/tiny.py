@@ -184,9 +184,9 @@ def _look_back(attention: torch.nn.Module) -> None:
 
 
 def _look_around(attention: torch.nn.Module) -> None:
-    """Head 1 gathers the last ten tokens or so, the nearest most."""
+    """Head 1 gathers the last twenty tokens or so, the nearest most."""
     turns = _turns(attention)
-    _prefer_distance(attention, 1, 3.5 * ((turns > 0.05) & (turns < 0.3)), 0)
+    _prefer_distance(attention, 1, 2.5 * ((turns > 0.01) & (turns < 0.3)), 0)
 
 
 def _match(attention: torch.nn.Module) -> None:
