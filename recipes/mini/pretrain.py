@@ -44,6 +44,8 @@ def lessons(rng: np.random.Generator, accuracy: dict[str, float], steps: int) ->
     def known(*names: str) -> bool:
         return all(accuracy.get(name, 0.0) > 0.95 for name in names)
 
+    while not known("choose"):
+        yield [choose(rng, near=True) for _ in range(12)]
     while not known("choose", "agree"):
         yield [choose(rng, near=True) for _ in range(6)] + [agree(rng, near=True) for _ in range(6)]
     while not known("choose", "agree", "agree from afar", "copy"):
