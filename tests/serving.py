@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from tiny import RANDOM as TINY
+from random_model import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mcit.data_prep.files import write_json, write_jsonl

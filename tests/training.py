@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tiny import RANDOM as TINY
+from random_model import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mcit.data_prep.files import write_json, write_jsonl

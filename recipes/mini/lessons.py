@@ -4,7 +4,7 @@ Everything is a row of turns: text without loss, text with loss, and the name it
 """
 
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ class Row:
     """Turns (given, wanted, name), about a picture or none."""
 
     picture: Image.Image | None
-    turns: Iterable[tuple[str, str, str]]
+    turns: Sequence[tuple[str, str, str]]
 
 
 @dataclass
@@ -71,11 +71,9 @@ def caption(rng: np.random.Generator, source: Source) -> Row:
 
 
 def _words(rng: np.random.Generator) -> list[str]:
-    """All answers of one kind, or numbers near each other, shuffled."""
+    """All answers of one kind, shuffled."""
     kinds = (tuple(world.COLOURS), world.SHAPES, world.CORNERS, world.ORDINALS, tuple(world.LETTERS))
-    kind = rng.integers(len(kinds) + 1)
-    near = int(rng.integers(0, 110)) + rng.permutation(12)[:4]
-    return [str(word) for word in (near if kind == len(kinds) else rng.permutation(list(kinds[kind])))]
+    return [str(word) for word in rng.permutation(list(kinds[rng.integers(len(kinds))]))]
 
 
 def choose(rng: np.random.Generator, near: bool) -> Row:
@@ -83,13 +81,12 @@ def choose(rng: np.random.Generator, near: bool) -> Row:
     turns = []
     for _ in range(8):
         options = _words(rng)[: rng.integers(2, 5)]
-        listed = "".join(
-            f"{letter}. {option}\n" for letter, option in zip(string.ascii_uppercase, options, strict=False)
-        )
+        listed = (f"{letter}. {option}\n" for letter, option in zip(string.ascii_uppercase, options, strict=False))
+        before = "\n" + "".join(listed)
         for i in rng.permutation(len(options)):
             given = f"The answer is {options[i]}." + ("" if near or rng.random() < 0.5 else "\n")
-            turns.append((f"{listed}{given}", f"{string.ascii_uppercase[i]}\n", "choose"))
-            listed = ""
+            turns.append((before + given, string.ascii_uppercase[i], "choose"))
+            before = "\n"
     return Row(None, turns)
 
 
@@ -119,7 +116,7 @@ def copy(rng: np.random.Generator) -> Row:
 
 
 def pack(rows: list[Row], processor: Qwen2_5_VLProcessor) -> Batch:
-    """Tokenize; a turn for which a row has no room left is left out."""
+    """Tokenize; a row ends before the first turn that it has no room for (the turns after may need that one's list)."""
     encode = processor.tokenizer.backend_tokenizer.encode
     ids = torch.full((len(rows), LENGTH), processor.tokenizer.pad_token_id)
     labels, attention, answers = torch.full_like(ids, -100), torch.zeros_like(ids), []
@@ -129,7 +126,7 @@ def pack(rows: list[Row], processor: Qwen2_5_VLProcessor) -> Batch:
             head, body = (encode(text, add_special_tokens=False).ids for text in (given, wanted))
             start, end = used + len(head), used + len(head) + len(body)
             if end > LENGTH:
-                continue
+                break
             ids[number, used:end] = torch.tensor(head + body)
             labels[number, start:end] = torch.tensor(body)
             attention[number, used:end] = 1

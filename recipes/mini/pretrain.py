@@ -30,37 +30,42 @@ from mcit.eval.scorers import get_scorer
 
 SOURCES = [source for source, count in facts.SOURCES.items() for _ in range(count)]  # of the rows of a batch
 PICTURES = [source for source in facts.SOURCES if source in (facts.scene_facts, facts.chart_facts, facts.letter_facts)]
-CAPTIONS = 600  # steps
+PATIENCE, CAPTIONS = 1500, 600  # steps: at most for a drill to be known, and of captions
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
 
 
-def lessons(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Iterator[list[Row]]:
-    """The rows of every batch, first to last. Each lesson waits for the one before it: none is learned beside it.
+def lessons(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Iterator[tuple[list[Row], float]]:
+    """The rows of every batch, first to last, and how much of the learning rate it gets: less over the last half.
 
-    `accuracy`, 0–1, by what is asked, is looked at as it changes; `steps` is how many batches of questions come last.
+    Each lesson waits for the one before it: none is learned beside it. `accuracy`, 0–1, by what is asked, is looked at
+    as it changes; `steps` is how many batches of questions come last. A drill not known in time ends the script.
     """
 
-    def known(*names: str) -> bool:
-        return all(accuracy.get(name, 0.0) > 0.95 for name in names)
+    def until_known(*names: str) -> Iterator[None]:
+        for _ in range(PATIENCE):
+            if all(accuracy.get(name, 0.0) > 0.95 for name in names):
+                return
+            yield
+        sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= 0.95)}")
 
-    while not known("choose"):
-        yield [choose(rng, near=True) for _ in range(12)]
-    while not known("choose", "agree"):
-        yield [choose(rng, near=True) for _ in range(6)] + [agree(rng, near=True) for _ in range(6)]
-    while not known("choose", "agree", "agree from afar", "copy"):
-        yield [row for _ in range(4) for row in (choose(rng, near=False), agree(rng, near=False), copy(rng))]
+    for _ in until_known("choose"):
+        yield [choose(rng, near=True) for _ in range(12)], 1.0
+    for _ in until_known("choose", "agree"):
+        yield [choose(rng, near=True) for _ in range(6)] + [agree(rng, near=True) for _ in range(6)], 1.0
+    for _ in until_known("choose", "agree", "agree from afar", "copy"):
+        yield [row for _ in range(4) for row in (choose(rng, near=False), agree(rng, near=False), copy(rng))], 1.0
     for _ in range(CAPTIONS):
         drills = [choose(rng, near=False), agree(rng, near=False), copy(rng)]
-        yield [caption(rng, PICTURES[i % len(PICTURES)]) for i in range(12)] + drills
-    for _ in range(steps):
-        yield [questions(rng, source, accuracy) for source in SOURCES]
+        yield [caption(rng, PICTURES[i % len(PICTURES)]) for i in range(12)] + drills, 1.0
+    for step in range(steps):
+        yield [questions(rng, source, accuracy) for source in SOURCES], min(1.0, 2 - 2 * step / steps)
 
 
 def train(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, seed: int, steps: int, out: Path
 ) -> None:
-    """Train on fresh pictures every step: captions and drills, then questions.
+    """Train on fresh rows every step: drills, then captions and drills, then questions.
 
     Every 200 steps prints the share of answers predicted exactly (given their own beginning), worst facts first:
     held-out accuracy, since no picture is seen twice. Every 500 steps the weights so far are saved to `out`.
@@ -74,11 +79,10 @@ def train(
         Muon(hidden, lr=MUON),
         torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    start, losses, right, asked = time.monotonic(), [], defaultdict(list), 0
+    start, losses, right = time.monotonic(), [], defaultdict(list)
     accuracy: dict[str, float] = {}
-    for step, rows in enumerate(lessons(rng, accuracy, steps), 1):
+    for step, (rows, share) in enumerate(lessons(rng, accuracy, steps), 1):
         batch = pack(rows, processor)
-        asked += len(rows) == len(SOURCES)
         states = model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
         place = batch.labels[:, 1:] != -100
         logits = model.lm_head(states[place])
@@ -89,7 +93,7 @@ def train(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(list(trained.values()), 1.0)
         for optimizer, rate in zip(optimizers, (MUON, ADAM), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min(1.0, step / 50, 2.02 - 2 * asked / steps)
+            optimizer.param_groups[0]["lr"] = rate * min(step / 50, share)
             optimizer.step()
         losses.append(loss.item())
         hit = torch.ones_like(batch.labels, dtype=torch.bool)
@@ -114,16 +118,16 @@ def gate(
 ) -> dict[str, float]:
     """Exact match (boxes: IoU > 0.5), %, of greedy answers to `count` new questions for each fact × style."""
     rng = np.random.default_rng([seed, 2])
-    questions = defaultdict(list)
+    asked = defaultdict(list)
     for source in facts.SOURCES:
         for number in range(count):
             picture, known = source(rng)
             for fact in known:
                 for style, reasoning in facts.styles_of(fact):
                     sample = facts.fact_sample(rng, fact, style, reasoning, number)
-                    questions[f"{fact.name} {style} {reasoning}"].append((picture, sample))
+                    asked[f"{fact.name} {style} {reasoning}"].append((picture, sample))
     scores = {}
-    for name, items in questions.items():
+    for name, items in asked.items():
         correct = []
         for begin in range(0, len(items), 100):
             part = items[begin : begin + 100]
@@ -155,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=5000, help="batches of questions")
     parser.add_argument("--gate-only", action="store_true", help="only gate the model in OUT")
     arguments = parser.parse_args()
     if not arguments.gate_only:

@@ -1,0 +1,95 @@
+"""The embedded model's pretraining: what its rows hold, when its lessons end, what its optimizer does."""
+
+import re
+
+import numpy as np
+import pretrain
+import pytest
+import torch
+from lessons import agree, caption, choose, copy, opening, pack, questions
+from muon import orthogonalise
+from random_model import PRETRAINED
+from transformers import AutoProcessor
+
+from mcit.data_prep.mini import facts
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(PRETRAINED)
+
+
+def rows_of(rng, processor, rows):
+    """Every row as text, and its answers: [(what stands before, the answer)]."""
+    batch, decode = pack(rows, processor), processor.tokenizer.decode
+    for _, row, first, end in batch.answers:
+        ids = batch.inputs["input_ids"][row]
+        assert (batch.labels[row, first:end] == ids[first:end]).all() and batch.labels[row, first - 1] == -100
+        yield decode(ids[:first]), decode(ids[first:end])
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_a_choice_is_only_asked_from_the_list_above_it(processor, near):
+    rng, asked = np.random.default_rng(0), 0
+    for before, answer in rows_of(rng, processor, [choose(rng, near) for _ in range(20)]):
+        word = re.findall(r"The answer is (.*)\.", before)[-1]
+        options = {}
+        for letter, option in re.findall(r"^([A-D])\. (.*)$", before, re.MULTILINE):
+            options = {letter: option} if letter == "A" else options | {letter: option}
+        assert options[answer.strip()] == word
+        asked += 1
+    assert asked > 150
+
+
+def test_agreement_and_copies_are_right(processor):
+    rng, verdicts = np.random.default_rng(0), set()
+    for before, answer in rows_of(rng, processor, [agree(rng, near=False) for _ in range(10)]):
+        pair = re.findall(r'The answer is (.*?)\.\s(?:Is it (.*)\?|Is "(.*)" the right answer\?)', before)[-1]
+        assert (pair[0] == pair[1] + pair[2]) == (answer == "Yes\n")
+        verdicts.add(answer)
+    assert verdicts == {"Yes\n", "No\n"}
+    for before, answer in rows_of(rng, processor, [copy(rng) for _ in range(5)]):
+        assert before.endswith(f"Repeat this:\n{answer}")
+
+
+def test_an_opening_is_what_the_chat_template_gives(processor):
+    picture, _ = facts.scene_facts(np.random.default_rng(0))
+    content = [{"type": "image"}, {"type": "text", "text": "Where is it?"}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    real = processor(text=[text], images=[picture])["input_ids"][0]
+    assert processor.tokenizer(opening("Where is it?", True), add_special_tokens=False)["input_ids"] == real
+
+
+def test_rows_of_pictures_hold_their_picture_once(processor):
+    rng = np.random.default_rng(0)
+    sources = [facts.scene_facts, facts.chart_facts, facts.letter_facts]
+    rows = [row for source in sources for row in (caption(rng, source), questions(rng, source, {}))]
+    ids = pack(rows, processor).inputs["input_ids"]
+    assert ((ids == processor.image_token_id).sum(1) == 16).all()
+
+
+def test_a_drill_that_is_not_learned_ends_the_lessons(monkeypatch):
+    monkeypatch.setattr(pretrain, "PATIENCE", 3)
+    accuracy = {"choose": 1.0}
+    drills = pretrain.lessons(np.random.default_rng(0), accuracy, 4)
+    for _ in range(3):
+        next(drills)
+    with pytest.raises(SystemExit, match=r"not known after 3 steps: agree$"):
+        next(drills)
+
+
+def test_the_learning_rate_falls_over_the_last_half_of_the_questions(monkeypatch):
+    monkeypatch.setattr(pretrain, "CAPTIONS", 0)
+    known = dict.fromkeys(("choose", "agree", "agree from afar", "copy"), 1.0)
+    shares = [share for _, share in pretrain.lessons(np.random.default_rng(0), known, 4)]
+    assert shares == [1.0, 1.0, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48), (3, 48, 16)])
+def test_orthogonalised_matrices_keep_their_directions_and_lose_their_lengths(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, lengths, right = torch.linalg.svd(matrices, full_matrices=False)
+    lengths = left.mT @ orthogonalise(matrices) @ right.mT
+    diagonal = lengths.diagonal(dim1=1, dim2=2)
+    assert (diagonal > 0.6).all() and (diagonal < 1.3).all()
+    torch.testing.assert_close(lengths, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
