@@ -71,17 +71,20 @@ def test_rows_of_pictures_hold_their_picture_once(processor):
 def test_a_drill_that_is_not_learned_ends_the_lessons(monkeypatch):
     monkeypatch.setattr(pretrain, "PATIENCE", 3)
     accuracy = {"choose": 1.0}
-    drills = pretrain.lessons(np.random.default_rng(0), accuracy, 4)
+    lessons = pretrain.drills(np.random.default_rng(0), accuracy)
     for _ in range(3):
-        next(drills)
+        next(lessons)
     with pytest.raises(SystemExit, match=r"not known after 3 steps: agree$"):
-        next(drills)
+        next(lessons)
 
 
-def test_the_learning_rate_falls_over_the_last_half_of_the_questions(monkeypatch):
-    monkeypatch.setattr(pretrain, "CAPTIONS", 0)
-    known = dict.fromkeys(("choose", "agree", "agree from afar", "copy"), 1.0)
-    shares = [share for _, share in pretrain.lessons(np.random.default_rng(0), known, 4)]
+def test_drills_end_once_all_are_known_and_copying_is_not_waited_for():
+    known = dict.fromkeys(("choose", "agree", "agree from afar"), 1.0)
+    assert list(pretrain.drills(np.random.default_rng(0), known)) == []
+
+
+def test_the_learning_rate_falls_over_the_last_half_of_the_questions():
+    shares = [share for _, share in pretrain.dialogues(np.random.default_rng(0), {}, 4)]
     assert shares == [1.0, 1.0, 1.0, 0.5]
 
 

@@ -1,6 +1,6 @@
 """Pretrain the embedded tiny VLM from scratch on a CPU, gate it, and save it as any other model is saved.
 
-    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 5000]
+    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 4000]
 
 First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
 1.8 million parameters learns to match and copy words, to describe pictures, and to answer questions about the facts of
@@ -12,7 +12,8 @@ import argparse
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +34,14 @@ PICTURES = [source for source in facts.SOURCES if source in (facts.scene_facts, 
 PATIENCE, CAPTIONS = 1500, 600  # steps: at most for a drill to be known, and of captions
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
+EAGER = {"attn_implementation": "eager"}  # quicker than SDPA at 144 tokens on a CPU
+Lessons = Iterator[tuple[list[Row], float]]  # a batch's rows, and how much of the learning rate it gets
 
 
-def lessons(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Iterator[tuple[list[Row], float]]:
-    """The rows of every batch, first to last, and how much of the learning rate it gets: less over the last half.
+def drills(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Text alone: each drill waits for the one before it, since none is learned beside it.
 
-    Each lesson waits for the one before it: none is learned beside it. `accuracy`, 0–1, by what is asked, is looked at
-    as it changes; `steps` is how many batches of questions come last. A drill not known in time ends the script.
+    `accuracy`, 0–1, by what is asked, is looked at as it changes. A drill not known in time ends the script.
     """
 
     def until_known(*names: str) -> Iterator[None]:
@@ -53,24 +55,36 @@ def lessons(rng: np.random.Generator, accuracy: dict[str, float], steps: int) ->
         yield [choose(rng, near=True) for _ in range(12)], 1.0
     for _ in until_known("choose", "agree"):
         yield [choose(rng, near=True) for _ in range(6)] + [agree(rng, near=True) for _ in range(6)], 1.0
-    for _ in until_known("choose", "agree", "agree from afar", "copy"):
-        yield [row for _ in range(4) for row in (choose(rng, near=False), agree(rng, near=False), copy(rng))], 1.0
+    for _ in until_known("choose", "agree", "agree from afar"):
+        yield _drill_rows(rng, 4), 1.0
+
+
+def _drill_rows(rng: np.random.Generator, count: int) -> list[Row]:
+    return [row for _ in range(count) for row in (choose(rng, near=False), agree(rng, near=False), copy(rng))]
+
+
+def captions(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Pictures described, and the drills so that they stay."""
     for _ in range(CAPTIONS):
-        drills = [choose(rng, near=False), agree(rng, near=False), copy(rng)]
-        yield [caption(rng, PICTURES[i % len(PICTURES)]) for i in range(12)] + drills, 1.0
+        yield [caption(rng, PICTURES[i % len(PICTURES)]) for i in range(12)] + _drill_rows(rng, 1), 1.0
+
+
+def dialogues(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Lessons:
+    """Questions in every style, those known least most often; the learning rate falls over the last half."""
     for step in range(steps):
         yield [questions(rng, source, accuracy) for source in SOURCES], min(1.0, 2 - 2 * step / steps)
 
 
 def train(
-    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, seed: int, steps: int, out: Path
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor: Qwen2_5_VLProcessor,
+    lessons: Callable[[dict[str, float]], Lessons],
 ) -> None:
-    """Train on fresh rows every step: drills, then captions and drills, then questions.
+    """Train the language model on `lessons`, given the accuracies as they change; the tower stays as it is.
 
-    Every 200 steps prints the share of answers predicted exactly (given their own beginning), worst facts first:
-    held-out accuracy, since no picture is seen twice. Every 500 steps the weights so far are saved to `out`.
+    Every 200 steps prints the share of answers predicted exactly (given their own beginning), worst first: held-out
+    accuracy, since no row is seen twice.
     """
-    rng = np.random.default_rng([seed, 1])
     model.model.visual.requires_grad_(False)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in trained.items() if p.ndim == 2 and "layers" in name]
@@ -81,7 +95,7 @@ def train(
     ]
     start, losses, right = time.monotonic(), [], defaultdict(list)
     accuracy: dict[str, float] = {}
-    for step, (rows, share) in enumerate(lessons(rng, accuracy, steps), 1):
+    for step, (rows, share) in enumerate(lessons(accuracy), 1):
         batch = pack(rows, processor)
         states = model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
         place = batch.labels[:, 1:] != -100
@@ -107,9 +121,6 @@ def train(
             print(f"step {step}  {time.monotonic() - start:.0f} s  loss {np.mean(losses[-200:]):.4f}")
             print("  " + ", ".join(f"{name} {share:.0f}" for share, name in worst), flush=True)
             right.clear()
-        if step % 500 == 0:
-            save(model, processor, out)
-    save(model, processor, out)
 
 
 @torch.inference_mode()
@@ -159,21 +170,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="batches of questions")
-    parser.add_argument("--gate-only", action="store_true", help="only gate the model in OUT")
+    parser.add_argument("--steps", type=int, default=4000, help="batches of questions")
     arguments = parser.parse_args()
-    if not arguments.gate_only:
-        processor = build_processor(build_tokenizer(np.random.default_rng([arguments.seed, 0])))
-        model = build_model(processor.tokenizer, arguments.seed)
-        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
-        train_tower(model, processor, arguments.seed, 1000)
-        train(model, processor, arguments.seed, arguments.steps, arguments.out)
-    processor = Qwen2_5_VLProcessor.from_pretrained(arguments.out)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.out, dtype=torch.float32).eval()
+    processor = build_processor(build_tokenizer(np.random.default_rng([arguments.seed, 0])))
+    model = build_model(processor.tokenizer, arguments.seed)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    teachers = {"drills": drills, "captions": captions, "dialogues": partial(dialogues, steps=arguments.steps)}
+    for number, name in enumerate(("tower", *teachers)):
+        learned, rng = arguments.out / name, np.random.default_rng([arguments.seed, 1, number])
+        if not learned.exists():
+            print(f"{name}:")
+            if name == "tower":
+                train_tower(model, processor, rng, 1200)
+            else:
+                train(model, processor, partial(teachers[name], rng))
+            model.save_pretrained(learned)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(learned, dtype=torch.float32, **EAGER)
+    save(model, processor, arguments.out / "tiny_vlm")
+    processor = Qwen2_5_VLProcessor.from_pretrained(arguments.out / "tiny_vlm")
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.out / "tiny_vlm", dtype=torch.float32).eval()
     scores = gate(model, processor, arguments.seed, 200)
     for name, score in sorted(scores.items(), key=lambda item: item[1]):
         print(f"{score:6.1f}  {name}")
-    write_json(arguments.out.with_name(f"{arguments.out.name}.gate.json"), scores)
+    write_json(arguments.out / "gate.json", scores)
     below = [name for name, score in scores.items() if score <= GATE]
     if below:
         sys.exit(f"below the gate of {GATE} %: {', '.join(below)}")
