@@ -68,19 +68,34 @@ def test_rows_of_pictures_hold_their_picture_once(processor):
     assert ((ids == processor.image_token_id).sum(1) == 16).all()
 
 
-def test_a_drill_that_is_not_learned_ends_the_lessons(monkeypatch):
+def test_what_is_not_learned_in_time_ends_the_script(monkeypatch):
     monkeypatch.setattr(pretrain, "PATIENCE", 3)
     accuracy = {"choose": 1.0}
-    lessons = pretrain.drills(np.random.default_rng(0), accuracy)
+    lesson = pretrain.agreement(np.random.default_rng(0), accuracy)
     for _ in range(3):
-        next(lessons)
+        next(lesson)
     with pytest.raises(SystemExit, match=r"not known after 3 steps: agree$"):
-        next(lessons)
+        next(lesson)
 
 
-def test_drills_end_once_all_are_known_and_copying_is_not_waited_for():
+def test_a_lesson_ends_once_all_of_it_is_known():
     known = dict.fromkeys(("choose", "agree", "agree from afar"), 1.0)
-    assert list(pretrain.drills(np.random.default_rng(0), known)) == []
+    assert list(pretrain.agreement(np.random.default_rng(0), known)) == []
+    far = pretrain.agreement(np.random.default_rng(0), known | {"agree from afar": 0.9})
+    rows, _ = next(far)
+    assert any(name == "agree from afar" for row in rows for _, _, name in row.turns)
+
+
+@pytest.mark.parametrize("source", [facts.scene_facts, facts.chart_facts, facts.letter_facts])
+def test_a_caption_tells_each_fact_once_and_truly(source):
+    _, known = source(np.random.default_rng(4))
+    told = caption(np.random.default_rng(4), source)
+    sentences = "".join(given + wanted for given, wanted, _ in told.turns).split("assistant\n")[1].split("\n")
+    truths = {f"{fact.think} {fact.answer}" if fact.style == "bbox" else fact.think for fact in known}
+    assert sorted(sentences) == sorted(truths)
+    answers = {(f"told {fact.name}", fact.answer) for fact in known}
+    for _, wanted, name in told.turns:
+        assert name == "caption" or any(name == fact and wanted.startswith(f" {answer}") for fact, answer in answers)
 
 
 def test_the_learning_rate_falls_over_the_last_half_of_the_questions():

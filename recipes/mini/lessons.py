@@ -43,16 +43,16 @@ def opening(prompt: str, picture: bool) -> str:
     return f"<|im_start|>user\n{image}{prompt}<|im_end|>\n<|im_start|>assistant\n"
 
 
-def questions(rng: np.random.Generator, source: Source, accuracy: dict[str, float]) -> Row:
+def questions(rng: np.random.Generator, source: Source, accuracy: dict[str, float], native: bool = False) -> Row:
     """One picture's facts, each once (a second time, the first answer would give it away), in styles known least.
 
-    `accuracy` is the share of right answers lately, 0–1, by fact × style.
+    `accuracy` is the share of right answers lately, 0–1, by fact × style; `native` asks in native styles alone.
     """
     picture, known = source(rng)
     turns = []
     for place in rng.permutation(len(known)):
         fact = known[place]
-        styles = facts.styles_of(fact)
+        styles = facts.styles_of(fact)[: 1 if native else None]
         names = [f"{fact.name} {' '.join(style)}" for style in styles]
         weights = np.array([1.1 - accuracy.get(name, 0.5) for name in names])
         choice = rng.choice(len(styles), p=weights / weights.sum())
@@ -63,11 +63,24 @@ def questions(rng: np.random.Generator, source: Source, accuracy: dict[str, floa
 
 
 def caption(rng: np.random.Generator, source: Source) -> Row:
-    """A picture described sentence by sentence, in random order: many more words a picture than questions hold."""
+    """A picture described sentence by sentence, in random order: many more words a picture than questions hold.
+
+    What a fact's answer is, its words and what follows them, is counted under its name: the rest of a sentence is for
+    the picture's describer to choose.
+    """
     picture, known = source(rng)
-    sentences = {f"{fact.think} {fact.answer}" if fact.style == "bbox" else fact.think for fact in known}
-    turns = [("", f" {sentence}", "caption") for sentence in rng.permutation(sorted(sentences))]
-    return Row(picture, [(opening("Describe the picture.", True), *turns[0][1:]), *turns[1:]])
+    sentences = {}
+    for fact in known:
+        before, _, after = (fact.think, "", "") if fact.style == "bbox" else fact.think.partition(f" {fact.answer}")
+        told = f" {fact.answer}{after}"
+        sentences.setdefault(before + told, [(before, "caption"), (told, f"told {fact.name}")])
+    turns, given = [], opening("Describe the picture.", True)
+    for number in rng.permutation(len(sentences)):
+        for text, name in list(sentences.values())[number]:
+            turns.append((given, text, name))
+            given = ""
+        given = "\n"
+    return Row(picture, turns)
 
 
 def _words(rng: np.random.Generator) -> list[str]:

@@ -15,10 +15,14 @@ A, B, C, ROUNDS = 3.4445, -4.7750, 2.0315, 5
 
 
 class Muon(torch.optim.Optimizer):
-    """For the weight matrices of layers. A square matrix of width w moves by `lr` / w^½ (root mean square) a step."""
+    """For the weight matrices of layers. A square matrix of width w moves by `lr` / w^½ (root mean square) a step.
 
-    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+    Steps of a fixed length make weights grow with noise until a step no longer changes much; `decay`, a share of `lr`,
+    holds them (Liu et al., 2025, "Muon is scalable for LLM training").
+    """
+
+    def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.95, decay: float = 0.1) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
@@ -30,7 +34,7 @@ class Muon(torch.optim.Optimizer):
                 updates = torch.stack([self._direction(matrix, group["momentum"]) for matrix in matrices])
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for matrix, update in zip(matrices, orthogonalise(updates), strict=True):
-                    matrix.sub_(update, alpha=rate)
+                    matrix.mul_(1 - group["lr"] * group["decay"]).sub_(update, alpha=rate)
 
     def _direction(self, matrix: Tensor, momentum: float) -> Tensor:
         """Nesterov's momentum."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from lessons import Row, agree, caption, choose, copy, opening, pack, questions
+from lessons import Row, agree, caption, choose, opening, pack, questions
 from muon import Muon
 from tiny import build_model, build_processor, build_tokenizer, save
 from tower import train_tower
@@ -30,43 +30,65 @@ from mcit.data_prep.mini import facts
 from mcit.eval.scorers import get_scorer
 
 SOURCES = [source for source, count in facts.SOURCES.items() for _ in range(count)]  # of the rows of a batch
+NATIVES = [source for source in SOURCES if source is not facts.match_facts]
 PICTURES = [source for source in facts.SOURCES if source in (facts.scene_facts, facts.chart_facts, facts.letter_facts)]
-PATIENCE, CAPTIONS = 1500, 600  # steps: at most for a drill to be known, and of captions
+PATIENCE = 1500  # steps, at most, for a lesson's words to be known
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
 EAGER = {"attn_implementation": "eager"}  # quicker than SDPA at 144 tokens on a CPU
 Lessons = Iterator[tuple[list[Row], float]]  # a batch's rows, and how much of the learning rate it gets
 
 
-def drills(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
-    """Text alone: each drill waits for the one before it, since none is learned beside it.
-
-    `accuracy`, 0–1, by what is asked, is looked at as it changes. A drill not known in time ends the script.
-    """
-
-    def until_known(*names: str) -> Iterator[None]:
-        for _ in range(PATIENCE):
-            if all(accuracy.get(name, 0.0) > 0.95 for name in names):
-                return
-            yield
-        sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= 0.95)}")
-
-    for _ in until_known("choose"):
+def choices(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Which letter stands before a word: while heads still match words as they did at the start, this is quick."""
+    for _ in _until_known(accuracy, "choose"):
         yield [choose(rng, near=True) for _ in range(12)], 1.0
-    for _ in until_known("choose", "agree"):
-        yield [choose(rng, near=True) for _ in range(6)] + [agree(rng, near=True) for _ in range(6)], 1.0
-    for _ in until_known("choose", "agree", "agree from afar"):
-        yield _drill_rows(rng, 4), 1.0
-
-
-def _drill_rows(rng: np.random.Generator, count: int) -> list[Row]:
-    return [row for _ in range(count) for row in (choose(rng, near=False), agree(rng, near=False), copy(rng))]
 
 
 def captions(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
-    """Pictures described, and the drills so that they stay."""
-    for _ in range(CAPTIONS):
-        yield [caption(rng, PICTURES[i % len(PICTURES)]) for i in range(12)] + _drill_rows(rng, 1), 1.0
+    """Pictures described, until their words are known."""
+    for _ in _until_known(accuracy, "told colour_at", "told corner_of", "told bar_colour"):
+        yield [caption(rng, source) for source in PICTURES for _ in range(4)] + _choices(rng), 1.0
+
+
+def natives(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Every fact in its native style, until those that a word answers are known."""
+    words = ("colour_at", "shape_at", "corner_of", "bar_colour", "letter")
+    for _ in _until_known(accuracy, *(f"{word} short none" for word in words)):
+        yield [questions(rng, source, accuracy, native=True) for source in NATIVES] + _choices(rng), 1.0
+
+
+def agreement(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Whether two words are the same; asked from further away only once it is known from near."""
+    for near in (True, False):
+        for _ in _until_known(accuracy, "choose", "agree", *([] if near else ["agree from afar"])):
+            pictures = [questions(rng, source, accuracy, native=True) for source in PICTURES for _ in range(2)]
+            yield pictures + [drill(rng, near) for drill in (choose, agree) for _ in range(6)], 1.0
+
+
+def matching(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """The same two as they are asked in dialogues: the answer before the options and the format sentence."""
+    for _ in _until_known(accuracy, "same_option mcq none", "same_answer yes_no none"):
+        pictures = [questions(rng, source, accuracy, native=True) for source in PICTURES for _ in range(2)]
+        near = [drill(rng, near=False) for drill in (choose, agree) for _ in range(2)]
+        yield pictures + near + [questions(rng, facts.match_facts, accuracy) for _ in range(10)], 1.0
+
+
+def _choices(rng: np.random.Generator) -> list[Row]:
+    """A few, so that choosing is not forgotten."""
+    return [choose(rng, near=True) for _ in range(3)]
+
+
+def _until_known(accuracy: dict[str, float], *names: str) -> Iterator[None]:
+    """For each step of a lesson; the next waits for it, since none is learned beside another.
+
+    `accuracy`, 0–1, by what is asked, is looked at as it changes. What is not known in time ends the script.
+    """
+    for _ in range(PATIENCE):
+        if all(accuracy.get(name, 0.0) > 0.95 for name in names):
+            return
+        yield
+    sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= 0.95)}")
 
 
 def dialogues(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Lessons:
@@ -91,7 +113,7 @@ def train(
     others = [p for name, p in trained.items() if p.ndim != 2 or "layers" not in name]
     optimizers = [
         Muon(hidden, lr=MUON),
-        torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(others, lr=ADAM, betas=(0.9, 0.98), eps=1e-5, weight_decay=0.0),
     ]
     start, losses, right = time.monotonic(), [], defaultdict(list)
     accuracy: dict[str, float] = {}
@@ -175,13 +197,14 @@ def main() -> None:
     processor = build_processor(build_tokenizer(np.random.default_rng([arguments.seed, 0])))
     model = build_model(processor.tokenizer, arguments.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
-    teachers = {"drills": drills, "captions": captions, "dialogues": partial(dialogues, steps=arguments.steps)}
+    teachers = {"choices": choices, "captions": captions, "natives": natives, "agreement": agreement}
+    teachers |= {"matching": matching, "dialogues": partial(dialogues, steps=arguments.steps)}
     for number, name in enumerate(("tower", *teachers)):
         learned, rng = arguments.out / name, np.random.default_rng([arguments.seed, 1, number])
         if not learned.exists():
             print(f"{name}:")
             if name == "tower":
-                train_tower(model, processor, rng, 1200)
+                train_tower(model, processor, rng, 1000)
             else:
                 train(model, processor, partial(teachers[name], rng))
             model.save_pretrained(learned)
