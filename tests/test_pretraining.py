@@ -98,9 +98,10 @@ def test_a_caption_tells_each_fact_once_and_truly(source):
         assert name == "caption" or any(name == fact and wanted.startswith(f" {answer}") for fact, answer in answers)
 
 
-def test_the_learning_rate_falls_over_the_last_half_of_the_questions():
-    shares = [share for _, share in pretrain.dialogues(np.random.default_rng(0), {}, 4)]
-    assert shares == [1.0, 1.0, 1.0, 0.5]
+@pytest.mark.parametrize(("last", "shares"), [(False, [1.0, 1.0, 1.0, 1.0]), (True, [1.0, 0.75, 0.5, 0.25])])
+def test_the_learning_rate_falls_in_the_last_lesson(last, shares):
+    lesson = pretrain.dialogues(np.random.default_rng(0), {}, 4, last)
+    assert [share for _, share in lesson] == shares
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (3, 48, 16)])

@@ -1,6 +1,6 @@
 """Pretrain the embedded tiny VLM from scratch on a CPU, gate it, and save it as any other model is saved.
 
-    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 4000]
+    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 2000]
 
 First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
 1.8 million parameters learns to match and copy words, to describe pictures, and to answer questions about the facts of
@@ -32,7 +32,7 @@ from mcit.eval.scorers import get_scorer
 SOURCES = [source for source, count in facts.SOURCES.items() for _ in range(count)]  # of the rows of a batch
 NATIVES = [source for source in SOURCES if source is not facts.match_facts]
 PICTURES = [source for source in facts.SOURCES if source in (facts.scene_facts, facts.chart_facts, facts.letter_facts)]
-PATIENCE = 1500  # steps, at most, for a lesson's words to be known
+KNOWN, PATIENCE = 0.9, 1500  # share of right answers, and steps, at most, until a lesson has them
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
 EAGER = {"attn_implementation": "eager"}  # quicker than SDPA at 144 tokens on a CPU
@@ -85,16 +85,16 @@ def _until_known(accuracy: dict[str, float], *names: str) -> Iterator[None]:
     `accuracy`, 0–1, by what is asked, is looked at as it changes. What is not known in time ends the script.
     """
     for _ in range(PATIENCE):
-        if all(accuracy.get(name, 0.0) > 0.95 for name in names):
+        if all(accuracy.get(name, 0.0) > KNOWN for name in names):
             return
         yield
     sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= 0.95)}")
 
 
-def dialogues(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Lessons:
-    """Questions in every style, those known least most often; the learning rate falls over the last half."""
+def dialogues(rng: np.random.Generator, accuracy: dict[str, float], steps: int, last: bool) -> Lessons:
+    """Questions in every style, those known least most often; in the last lesson the learning rate falls to zero."""
     for step in range(steps):
-        yield [questions(rng, source, accuracy) for source in SOURCES], min(1.0, 2 - 2 * step / steps)
+        yield [questions(rng, source, accuracy) for source in SOURCES], 1 - step / steps if last else 1.0
 
 
 def train(
@@ -192,19 +192,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=4000, help="batches of questions")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="batches of dialogues, and as many again while the learning rate falls"
+    )
     arguments = parser.parse_args()
     processor = build_processor(build_tokenizer(np.random.default_rng([arguments.seed, 0])))
     model = build_model(processor.tokenizer, arguments.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     teachers = {"choices": choices, "captions": captions, "natives": natives, "agreement": agreement}
-    teachers |= {"matching": matching, "dialogues": partial(dialogues, steps=arguments.steps)}
+    teachers |= {"matching": matching}
+    teachers |= {name: partial(dialogues, steps=arguments.steps, last=name == "last") for name in ("dialogues", "last")}
     for number, name in enumerate(("tower", *teachers)):
         learned, rng = arguments.out / name, np.random.default_rng([arguments.seed, 1, number])
         if not learned.exists():
             print(f"{name}:")
             if name == "tower":
-                train_tower(model, processor, rng, 1000)
+                train_tower(model, processor, rng, 1400)
             else:
                 train(model, processor, partial(teachers[name], rng))
             model.save_pretrained(learned)
