@@ -6,7 +6,7 @@ import numpy as np
 import pretrain
 import pytest
 import torch
-from lessons import agree, caption, choose, copy, opening, pack, questions
+from lessons import agree, caption, choose, opening, pack, questions
 from muon import orthogonalise
 from random_model import PRETRAINED
 from transformers import AutoProcessor
@@ -41,15 +41,13 @@ def test_a_choice_is_only_asked_from_the_list_above_it(processor, near):
     assert asked > 150
 
 
-def test_agreement_and_copies_are_right(processor):
+def test_agreement_is_right(processor):
     rng, verdicts = np.random.default_rng(0), set()
     for before, answer in rows_of(rng, processor, [agree(rng, near=False) for _ in range(10)]):
         pair = re.findall(r'The answer is (.*?)\.\s(?:Is it (.*)\?|Is "(.*)" the right answer\?)', before)[-1]
         assert (pair[0] == pair[1] + pair[2]) == (answer == "Yes\n")
         verdicts.add(answer)
     assert verdicts == {"Yes\n", "No\n"}
-    for before, answer in rows_of(rng, processor, [copy(rng) for _ in range(5)]):
-        assert before.endswith(f"Repeat this:\n{answer}")
 
 
 def test_an_opening_is_what_the_chat_template_gives(processor):

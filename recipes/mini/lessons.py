@@ -1,4 +1,4 @@
-"""What a batch of pretraining holds: pictures described, drills in matching and copying, and questions in every style.
+"""What a batch of pretraining holds: pictures described, drills in matching, and questions in every style.
 
 Everything is a row of turns: text without loss, text with loss, and the name its accuracy is counted under.
 """
@@ -115,16 +115,6 @@ def agree(rng: np.random.Generator, near: bool) -> Row:
         else:
             given, name = state_proposition(f"The answer is {answer}.", candidate) + "\n", "agree from afar"
         turns.append((given, "Yes\n" if same else "No\n", name))
-    return Row(None, turns)
-
-
-def copy(rng: np.random.Generator) -> Row:
-    """Characters in no order, again."""
-    alphabet = list(string.ascii_letters + string.digits + string.punctuation)
-    turns = []
-    for _ in range(8):
-        text = "".join(rng.choice(alphabet, int(rng.integers(2, 12))))
-        turns.append((f"Repeat this:\n{text}\n", f"{text}\n", "copy"))
     return Row(None, turns)
 
 

@@ -3,7 +3,7 @@
     python recipes/mini/pretrain.py OUT [--seed 0] [--steps 2000]
 
 First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
-1.8 million parameters learns to match and copy words, to describe pictures, and to answer questions about the facts of
+1.8 million parameters learns to match words, to describe pictures, and to answer questions about the facts of
 `mcit.data_prep.mini.facts` in every style, no picture twice (`lessons.py`).
 The gate asks every fact × style on pictures never seen; one that is not above 95 % stops the script with exit code 1.
 """
@@ -210,7 +210,8 @@ def main() -> None:
                 train_tower(model, processor, rng, 1400)
             else:
                 train(model, processor, partial(teachers[name], rng))
-            model.save_pretrained(learned)
+            model.save_pretrained(unfinished := arguments.out / f"{name}.unfinished")
+            unfinished.rename(learned)  # so that a folder with a lesson's name is whole
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(learned, dtype=torch.float32, **EAGER)
     save(model, processor, arguments.out / "tiny_vlm")
     processor = Qwen2_5_VLProcessor.from_pretrained(arguments.out / "tiny_vlm")
