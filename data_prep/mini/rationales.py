@@ -58,17 +58,7 @@ def explain(task: str, program: Program) -> str:
         heights = " ".join(f"The {bar['place']} bar has height {bar['height']}." for bar in program["chart"])
         tallest = max(program["chart"], key=lambda bar: bar["height"])
         return f"{heights} The tallest is the {tallest['place']}."
-    return _explain_arithmetic(*program["terms"])
-
-
-def _explain_arithmetic(first: int, second: int) -> str:
-    """Column by column, with what is carried or borrowed; `second` is negative in a difference."""
-    if second < 0:
-        borrowed = int(first % 10 < -second)
-        top, tens = 10 * borrowed + first % 10, first // 10 - borrowed
-        ones = top + second
-        return f"{top} - {-second} = {ones}. {first // 10} - {borrowed} = {tens}. So {10 * tens + ones}."
-    a, b = max(first, second), min(first, second)
+    a, b = max(program["terms"]), min(program["terms"])
     ones, carried = a % 10 + b, (a % 10 + b) // 10
     return f"{a % 10} + {b} = {ones}. {a // 10} + {carried} = {a // 10 + carried}. So {a + b}."
 
@@ -155,10 +145,9 @@ def _check_arithmetic(program: Program, sentences: list[str]) -> list[Step]:
     results: list[int] = []
     steps = []
     for sentence in sentences:
-        if found := _read(r"(\d+) ([+-]) (\d+) = (\d+)", sentence):
-            result = int(found[0]) + int(found[2]) if found[1] == "+" else int(found[0]) - int(found[2])
-            steps.append(Step(sentence, "knowledge", result == int(found[3])))
-            results.append(int(found[3]))
+        if found := _read(r"(\d+) \+ (\d+) = (\d+)", sentence):
+            steps.append(Step(sentence, "knowledge", int(found[0]) + int(found[1]) == int(found[2])))
+            results.append(int(found[2]))
         elif found := _read(r"So (\d+)", sentence):
             follows = len(results) == 2 and int(found[0]) == 10 * results[1] + results[0] % 10
             steps.append(Step(sentence, "logic", follows))

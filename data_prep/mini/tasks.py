@@ -21,7 +21,7 @@ from . import rationales, world
 
 SIZES = {"train": 1000, "validation": 100, "test": 250}
 Program = dict[str, Any]
-Make = Callable[[np.random.Generator, bool], Program]  # (generator, for the tuning stream) → a program
+Make = Callable[[np.random.Generator], Program]
 
 
 def _sample(task: str, part: str, number: int, program: Program, picture: Image.Image | None, style: Style) -> dict:
@@ -52,7 +52,7 @@ def _distinct(task: str, make: Make, part: str, tuning: bool) -> Iterator[Progra
         for name, size in SIZES.items():
             target = len(seen) + size
             while len(seen) < target:
-                program = make(rng, of_tuning)
+                program = make(rng)
                 key = json.dumps(program, sort_keys=True)
                 if key not in seen and (name, of_tuning) == (part, tuning):
                     yield program
@@ -99,7 +99,7 @@ def digits(part: str, tuning: bool = False) -> Iterator[dict]:
 # Counting: how many shapes of a colour, answered by option letter.
 
 
-def _counting(rng: np.random.Generator, tuning: bool) -> Program:
+def _counting(rng: np.random.Generator) -> Program:
     colour, *rest = (str(c) for c in rng.permutation(list(world.COLOURS)))
     count = int(rng.integers(1, 5))
     corners = [world.CORNERS[i] for i in rng.permutation(4)]
@@ -108,7 +108,8 @@ def _counting(rng: np.random.Generator, tuning: bool) -> Program:
         if rng.random() < 0.6:
             scene.append(world.make_shape(rng, corner, str(rng.choice(world.SHAPES)), str(rng.choice(rest))))
     scene.sort(key=lambda shape: world.CORNERS.index(shape.corner))
-    options = [str(o) for o in rng.permutation([1, 2, 3, 4])]
+    first, *_, last = rng.permutation([1, 2, 3, 4])
+    options = list("1234") if first < last else list("4321")
     return {
         "question": f"How many {colour} shapes are there?",
         "answer": "ABCD"[options.index(str(count))],
@@ -130,7 +131,7 @@ def counting(part: str, tuning: bool = False) -> Iterator[dict]:
 # Spatial relations, answered by yes or no.
 
 
-def _spatial(rng: np.random.Generator, tuning: bool) -> Program:
+def _spatial(rng: np.random.Generator) -> Program:
     truth, relation = bool(rng.random() < 0.5), str(rng.choice(list(rationales.RELATIONS)))
     while True:
         scene = world.make_scene(rng, int(rng.integers(2, 5)))
@@ -162,7 +163,7 @@ def spatial(part: str, tuning: bool = False) -> Iterator[dict]:
 # Grounding in a bar chart, answered by a box.
 
 
-def _grounding(rng: np.random.Generator, tuning: bool) -> Program:
+def _grounding(rng: np.random.Generator) -> Program:
     chart = world.make_chart(rng)
     tallest = max(chart, key=lambda bar: bar.height)
     return {
@@ -181,20 +182,20 @@ def grounding(part: str, tuning: bool = False) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic: text only, answered by a number. Sums; in the tuning stream, differences.
+# Arithmetic: text only, answered by a number.
 
 
-def _arithmetic(rng: np.random.Generator, tuning: bool) -> Program:
-    a, b = int(rng.integers(1, 160)), int(rng.integers(1, 10))
-    if tuning:  # there are too few sums for two streams
-        a, b = max(a, b), min(a, b)
-        return {"question": f"What is {a} - {b}?", "answer": str(a - b), "terms": [a, -b]}
-    a, b = (a, b) if rng.random() < 0.5 else (b, a)
-    return {"question": f"What is {a} + {b}?", "answer": str(a + b), "terms": [a, b]}
+def _arithmetic(rng: np.random.Generator) -> Program:
+    """A number of up to three digits and one of one digit, in either order, without a carry."""
+    while True:
+        a, b = int(rng.integers(10, 500)), int(rng.integers(1, 10))
+        if a % 10 + b < 10:
+            a, b = (a, b) if rng.random() < 0.5 else (b, a)
+            return {"question": f"What is {a} + {b}?", "answer": str(a + b), "terms": [a, b]}
 
 
 def arithmetic(part: str, tuning: bool = False) -> Iterator[dict]:
-    """What is 34 + 8? (number)"""
+    """What is 34 + 5? (number)"""
     for number, program in enumerate(_distinct("arithmetic", _arithmetic, part, tuning)):
         yield _sample("arithmetic", part, number, program, None, "number")
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from lessons import Row, agree, caption, choose, opening, pack, questions
 from muon import Muon
+from PIL import Image
 from tiny import build_model, build_processor, build_tokenizer, save
 from tower import train_tower
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
@@ -74,6 +75,20 @@ def matching(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
         yield pictures + near + [questions(rng, facts.match_facts, accuracy) for _ in range(10)], 1.0
 
 
+def shapes(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Which shape is where, the slowest, beside the rest.
+
+    Always of four shapes: of fewer, the answer can be guessed from which shapes are in the picture at all.
+    """
+
+    def which_shape(rng: np.random.Generator) -> tuple[Image.Image, list[facts.Fact]]:
+        picture, known = facts.scene_facts(rng, 4)
+        return picture, [fact for fact in known if fact.name == "shape_at"]
+
+    for _ in _until_known(accuracy, "shape_at mcq none", "shape_at yes_no none"):
+        yield [questions(rng, source, accuracy) for source in 12 * [which_shape] + 2 * list(facts.SOURCES)], 1.0
+
+
 def _choices(rng: np.random.Generator) -> list[Row]:
     """A few, so that choosing is not forgotten."""
     return [choose(rng, near=True) for _ in range(3)]
@@ -88,7 +103,7 @@ def _until_known(accuracy: dict[str, float], *names: str) -> Iterator[None]:
         if all(accuracy.get(name, 0.0) > KNOWN for name in names):
             return
         yield
-    sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= 0.95)}")
+    sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= KNOWN)}")
 
 
 def dialogues(rng: np.random.Generator, accuracy: dict[str, float], steps: int, last: bool) -> Lessons:
@@ -201,7 +216,8 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     teachers = {"choices": choices, "captions": captions, "natives": natives, "agreement": agreement}
     teachers |= {"matching": matching}
-    teachers |= {name: partial(dialogues, steps=arguments.steps, last=name == "last") for name in ("dialogues", "last")}
+    teachers["dialogues"] = partial(dialogues, steps=arguments.steps, last=False)
+    teachers |= {"shapes": shapes, "last": partial(dialogues, steps=arguments.steps, last=True)}
     for number, name in enumerate(("tower", *teachers)):
         learned, rng = arguments.out / name, np.random.default_rng([arguments.seed, 1, number])
         if not learned.exists():

@@ -35,8 +35,8 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most 800 tokens: no unknowns; digits and brackets stay single.
 
-    It is learned from the facts, and from words that the model is never taught: as real tokenizers know more words than
-    any model has learned well, this one knows those of the stream.
+    It is learned from the facts in every style they could be asked in, and from words that the model is never taught: as
+    real tokenizers know more words than any model has learned well, this one knows those of the stream.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,7 +57,7 @@ def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
             continue  # random strings must stay single characters
         for _ in range(400):
             for fact in source(rng)[1]:
-                for style, reasoning in facts.styles_of(fact):
+                for style, reasoning in facts.possible_styles(fact):
                     corpus += facts.ask(rng, fact, style, reasoning)[:2]
     trainer = trainers.BpeTrainer(
         vocab_size=800,
