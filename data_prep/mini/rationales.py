@@ -43,7 +43,7 @@ def explain(task: str, program: Program) -> str:
     if task == "digits":
         return f"The strokes form a {NUMBER_WORDS[int(program['answer'])]}."
     if task == "counting":
-        seen = [shape["corner"] for shape in program["scene"] if shape["colour"] == program["colour"]]
+        seen = [shape["corner"] for shape in program["scene"]]
         listed = " ".join(f"There is one at the {corner}." for corner in seen)
         return f"{listed} That makes {len(seen)}."
     if task == "spatial":
@@ -95,7 +95,7 @@ def _check_digits(program: Program, sentences: list[str]) -> list[Step]:
 
 
 def _check_counting(program: Program, sentences: list[str]) -> list[Step]:
-    there = {shape["corner"] for shape in program["scene"] if shape["colour"] == program["colour"]}
+    there = {shape["corner"] for shape in program["scene"]}
     named: list[str] = []
     steps = []
     for sentence in sentences:

@@ -96,31 +96,23 @@ def digits(part: str, tuning: bool = False) -> Iterator[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Counting: how many shapes of a colour, answered by option letter.
+# Counting: how many shapes, answered by option letter.
 
 
 def _counting(rng: np.random.Generator) -> Program:
-    colour, *rest = (str(c) for c in rng.permutation(list(world.COLOURS)))
     count = int(rng.integers(1, 5))
-    corners = [world.CORNERS[i] for i in rng.permutation(4)]
-    scene = [world.make_shape(rng, c, str(rng.choice(world.SHAPES)), colour) for c in corners[:count]]
-    for corner in corners[count:]:
-        if rng.random() < 0.6:
-            scene.append(world.make_shape(rng, corner, str(rng.choice(world.SHAPES)), str(rng.choice(rest))))
-    scene.sort(key=lambda shape: world.CORNERS.index(shape.corner))
-    first, *_, last = rng.permutation([1, 2, 3, 4])
-    options = list("1234") if first < last else list("4321")
+    scene = world.make_scene(rng, count)
+    options = list("1234") if rng.random() < 0.5 else list("4321")
     return {
-        "question": f"How many {colour} shapes are there?",
+        "question": "How many shapes are there?",
         "answer": "ABCD"[options.index(str(count))],
         "options": options,
-        "colour": colour,
         "scene": [vars(shape) for shape in scene],
     }
 
 
 def counting(part: str, tuning: bool = False) -> Iterator[dict]:
-    """How many red shapes are there? (option letter)"""
+    """How many shapes are there? (option letter)"""
     rng = _draw_rng("counting", part, tuning)
     for number, program in enumerate(_distinct("counting", _counting, part, tuning)):
         picture = world.draw_scene(rng, [world.Shape(**shape) for shape in program["scene"]])
