@@ -80,13 +80,13 @@ CHART = [
         # Sees a shape that is not there, but counts what it named: wrong observation, right inference.
         (
             "counting",
-            {"scene": SCENE, "colour": "red"},
+            {"scene": SCENE},
             "There is one at the top left. There is one at the top right. That makes 2.",
             [("grounding", True), ("grounding", False), ("logic", True)],
         ),
         (
             "counting",
-            {"scene": SCENE, "colour": "red"},
+            {"scene": SCENE},
             "There is one at the top left. That makes 3.",
             [("grounding", True), ("logic", False)],
         ),

@@ -35,8 +35,8 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most 800 tokens: no unknowns; digits and brackets stay single.
 
-    It is learned from the facts in every style they could be asked in, and from words that the model is never taught: as
-    real tokenizers know more words than any model has learned well, this one knows those of the stream.
+    It is learned from the facts in every style they could be asked in, and from words that the model is never taught:
+    as real tokenizers know more words than any model has learned well, this one knows those of the stream.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
