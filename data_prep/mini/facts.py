@@ -190,7 +190,7 @@ def possible_styles(fact: Fact) -> list[tuple[Style, Reasoning]]:
 def styles_of(fact: Fact) -> list[tuple[Style, Reasoning]]:
     """The (style, reasoning) pairs in which a fact is taught: numbers in their native style alone.
 
-    So small a model is at chance on the other styles of numbers when it knows those of everything else.
+    So small a model gets no further than chance with option letters and yes/no about numbers (docs/mini.md).
     """
     return possible_styles(fact)[: 2 if fact.style == "number" else None]
 
