@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from training import make_run, make_samples, tiny_model, tiny_processor
+from training import COLOURS, make_run, make_samples, tiny_model, tiny_processor
 
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
@@ -35,10 +35,18 @@ IDS = torch.tensor([[10, 20, 30, 40, 50]])
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Colours with images, taught in stage 1; the same again and a text-only task for stages 2 and 3."""
+    """Colours with images, taught in stage 1; the same again and a text-only task for stages 2 and 3.
+
+    Half of stage 1 is taught wrongly: a policy that is always right, or never, has nothing to learn from rewards.
+    """
     run = tmp_path_factory.mktemp("run")
-    samples = {"colour": make_samples("colour", 32), "again": make_samples("again", 12, seed=1)}
-    recipe = make_run(run, samples | {"words": make_samples("words", 12, images=0)}, RECIPE)
+    samples = {
+        name: make_samples(name, n, images=j) for name, n, j in [("colour", 32, 1), ("again", 12, 1), ("words", 12, 0)]
+    }
+    for sample in samples["colour"][::2]:
+        colour = COLOURS.index(sample["references"][0])
+        sample["completion"] = [{"role": "assistant", "content": COLOURS[colour - 1]}]
+    recipe = make_run(run, samples, RECIPE)
     run_stage(load_recipe(recipe), 1, run, "sft", sft.make_trainer)
     return run, recipe
 

@@ -111,33 +111,19 @@ def letter_facts(rng: np.random.Generator) -> tuple[Image.Image, list[Fact]]:
 
 
 def number_facts(rng: np.random.Generator) -> tuple[None, list[Fact]]:
-    """Text only: which number follows, which is larger."""
+    """Text only: which number follows, which is larger.
+
+    In their native style alone: so small a model gets no further than chance with option letters and yes/no about
+    numbers (docs/mini.md).
+    """
     facts = []
     for n, a, b in rng.integers(0, 120, (3, 3)).tolist():
-        near = tuple(str(m) for m in (n - 1, n, n + 2, n + 3, n + 11) if m >= 0)
-        facts.append(
-            Fact(
-                "next_number",
-                f"Which number comes after {n}?",
-                str(n + 1),
-                "number",
-                near,
-                f"After {n} comes {n + 1}.",
-                f"Does {{}} come after {n}?",
-            )
-        )
-        low, high = sorted((a, b + (a == b)))
-        facts.append(
-            Fact(
-                "larger_number",
-                f"Which number is larger, {a} or {b + (a == b)}?",
-                str(high),
-                "number",
-                (str(low),),
-                f"{high} is more than {low}.",
-                f"Is {{}} the larger of {low} and {high}?",
-            )
-        )
+        follows = f"Which number comes after {n}?"
+        facts.append(Fact("next_number", follows, str(n + 1), "number", think=f"After {n} comes {n + 1}."))
+        b += a == b
+        larger = f"Which number is larger, {a} or {b}?"
+        think = f"{max(a, b)} is more than {min(a, b)}."
+        facts.append(Fact("larger_number", larger, str(max(a, b)), "number", think=think))
     return None, facts
 
 
@@ -177,22 +163,14 @@ SOURCES: dict[Callable[[np.random.Generator], tuple[Image.Image | None, list[Fac
 }
 
 
-def possible_styles(fact: Fact) -> list[tuple[Style, Reasoning]]:
-    """The (style, reasoning) pairs in which a fact can be asked, its native one first."""
+def styles_of(fact: Fact) -> list[tuple[Style, Reasoning]]:
+    """The (style, reasoning) pairs in which a fact is asked, its native one first."""
     styles: list[tuple[Style, Reasoning]] = [(fact.style, "none")]
     if fact.think:
         styles.append((fact.style, "think"))
     if fact.others and fact.think:
         styles += [("mcq", "none"), ("mcq", "think"), ("yes_no", "none"), ("yes_no", "think"), ("brief", "none")]
     return styles
-
-
-def styles_of(fact: Fact) -> list[tuple[Style, Reasoning]]:
-    """The (style, reasoning) pairs in which a fact is taught: numbers in their native style alone.
-
-    So small a model gets no further than chance with option letters and yes/no about numbers (docs/mini.md).
-    """
-    return possible_styles(fact)[: 2 if fact.style == "number" else None]
 
 
 def ask(rng: np.random.Generator, fact: Fact, style: Style, reasoning: Reasoning) -> tuple[str, str, list[str] | None]:

@@ -211,7 +211,7 @@ def main() -> None:
         "--steps", type=int, default=2000, help="batches of dialogues, and as many again while the learning rate falls"
     )
     arguments = parser.parse_args()
-    processor = build_processor(build_tokenizer(np.random.default_rng([arguments.seed, 0])))
+    processor = build_processor(build_tokenizer())
     model = build_model(processor.tokenizer, arguments.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     teachers = {"choices": choices, "captions": captions, "natives": natives, "agreement": agreement}

@@ -1,10 +1,9 @@
 """The embedded tiny VLM before it has learned anything: tokenizer, processor, random model, and how it is saved."""
 
+import string
 from copy import deepcopy
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -17,10 +16,19 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from mcit.data_prep.mini import facts, rationales, tasks
-
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIALS += ["<|video_pad|>"]
+TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
+# Whole words, at the start of a text and after a space. The last lines are the stream's, of which the model is taught
+# none: as real tokenizers know more words than any model has learned well.
+WORDS = """
+system user assistant Describe Repeat this the picture What Which Where How Is Does Give Put Write At After The There
+Think Answer answer That So is are has as a at in of or and not no yes No Yes shape shapes colour bar box letter number
+place red green blue yellow purple orange circle square triangle cross top bottom left right first second third fourth
+shown shows here there comes come after larger more than JSON LaTeX boxed form brief phrase sentence single word
+bounding x y using with from given choices directly option question
+digit one two three four five six seven eight nine zero above below then many makes height tallest strokes written
+"""
 PATCH, MERGE = 8, 2
 THETA = 1e5  # rotary base
 IMAGE_TOKENS = (64 // PATCH // MERGE) ** 2
@@ -32,12 +40,8 @@ TEMPLATE = """{% for message in messages %}<|im_start|>{{ message['role'] }}
 {% endif %}"""
 
 
-def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most 800 tokens: no unknowns; digits and brackets stay single.
-
-    It is learned from the facts in every style they could be asked in, and from words that the model is never taught:
-    as real tokenizers know more words than any model has learned well, this one knows those of the stream.
-    """
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE: no unknowns; digits and brackets stay single, `WORDS` and capitals are one token each."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -48,24 +52,14 @@ def build_tokenizer(rng: np.random.Generator) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = [f"{role}\nDescribe the picture.\nRepeat this:\n" for role in ("system", "user", "assistant")]
-    for task in rationales.TASKS:
-        for sample in islice(getattr(tasks, task)("train"), 100):
-            corpus += [sample["prompt"][0]["content"], sample["completion"][0]["content"], sample["meta"]["gold_think"]]
-    for source in facts.SOURCES:
-        if source is facts.echo_facts:
-            continue  # random strings must stay single characters
-        for _ in range(400):
-            for fact in source(rng)[1]:
-                for style, reasoning in facts.possible_styles(fact):
-                    corpus += facts.ask(rng, fact, style, reasoning)[:2]
     trainer = trainers.BpeTrainer(
-        vocab_size=800,
+        vocab_size=1000,  # more than it needs: it stops when every word is one token
         special_tokens=SPECIALS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus, trainer)
+    words = [*WORDS.split(), *string.ascii_uppercase]
+    tokenizer.train_from_iterator([*words, *(f" {word}" for word in words), *TAGS], trainer)
     # Not Qwen2TokenizerFast: it replaces the pre-tokenizer by Qwen's own when it is loaded again.
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

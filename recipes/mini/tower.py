@@ -3,7 +3,8 @@
 Without it, so small a model spends most of its pretraining finding out that the picture matters. Most labels are words,
 and a token is scored against the language model's own embeddings of them: so the projector speaks the language of the
 words, and a head that looks for an earlier ` red` finds red in a picture too. What has no word, the edges of boxes and
-the exact row and column, is read by linear heads that are thrown away.
+the exact row and column, is read by linear heads that are thrown away. So is, for letters, what is drawn at the token's
+own place: to name a letter its strokes could be forgotten, and other glyphs are to be told apart later.
 """
 
 import time
@@ -33,6 +34,7 @@ WORDS: dict[str, Sequence[str]] = {
 }
 HEADS = {"row": GRID, "column": GRID}
 HEADS |= dict.fromkeys(("x1", "y1", "x2", "y2"), world.SIZE // 2 + 1)  # boxes lie on a 2-pixel grid
+INK = 8  # a token's own pixels are read as this many by as many means
 Labels = dict[str, Tensor]
 
 
@@ -44,7 +46,8 @@ def train_tower(
     width = model.config.vision_config.out_hidden_size
     vectors = {name: _word_vectors(model, processor, words) for name, words in WORDS.items()}
     heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
-    parameters = [*visual.parameters(), *heads.parameters()]
+    strokes = nn.Linear(width, INK * INK)
+    parameters = [*visual.parameters(), *heads.parameters(), *strokes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
     schedule, start = get_cosine_schedule_with_warmup(optimizer, 100, steps), time.monotonic()
     for step in range(1, steps + 1):
@@ -58,6 +61,7 @@ def train_tower(
         logits = {name: F.pad(10 * score, (1, 0), value=5.0) for name, score in scores.items()}
         logits |= {name: head(tokens) for name, head in heads.items()}
         loss += sum(F.cross_entropy(logits[name].flatten(0, 1), labels[name].flatten()) for name in logits)
+        loss += 30 * F.mse_loss(strokes(tokens[-LETTERS:]), _ink(pictures[-LETTERS:]))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -111,6 +115,13 @@ def _batch(rng: np.random.Generator) -> tuple[list[Image.Image], Labels]:
     labels["letter"][-LETTERS:] = 1 + torch.from_numpy(letters)[:, None, None]
     labels["height"][-LETTERS:] = labels["side"][-LETTERS:] = 0
     return pictures, {name: value.flatten(1) for name, value in labels.items()}
+
+
+def _ink(pictures: list[Image.Image]) -> Tensor:
+    """The grey of each patch of each token's pixels, 0–1: [pictures, tokens, INK²]."""
+    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("L"), np.float32) for picture in pictures])) / 255
+    ink = F.avg_pool2d(pixels, CELL // INK)
+    return F.unfold(ink[:, None], INK, stride=INK).mT
 
 
 def _label(labels: Labels, where: tuple, colour: str, shape: str, box: tuple[int, ...]) -> None:
