@@ -8,7 +8,10 @@ import pytest
 import torch
 from lessons import agree, caption, choose, opening, pack, questions
 from muon import orthogonalise
+from PIL import Image
 from random_model import PRETRAINED
+from tiny import build_tokenizer
+from tower import _ink
 from transformers import AutoProcessor
 
 from mcit.data_prep.mini import facts
@@ -32,7 +35,7 @@ def rows_of(rng, processor, rows):
 def test_a_choice_is_only_asked_from_the_list_above_it(processor, near):
     rng, asked = np.random.default_rng(0), 0
     for before, answer in rows_of(rng, processor, [choose(rng, near) for _ in range(20)]):
-        word = re.findall(r"The answer is (.*)\.", before)[-1]
+        word = re.findall(r"The answer is ([^.\n]*)\.?\n?$", before)[-1]
         options = {}
         for letter, option in re.findall(r"^([A-D])\. (.*)$", before, re.MULTILINE):
             options = {letter: option} if letter == "A" else options | {letter: option}
@@ -56,6 +59,32 @@ def test_an_opening_is_what_the_chat_template_gives(processor):
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     real = processor(text=[text], images=[picture])["input_ids"][0]
     assert processor.tokenizer(opening("Where is it?", True), add_special_tokens=False)["input_ids"] == real
+
+
+def test_the_shipped_tokenizer_is_the_scripts(processor):
+    built = build_tokenizer()
+    assert built.backend_tokenizer.to_str() == processor.tokenizer.backend_tokenizer.to_str()
+    assert len(processor.tokenizer("the tallest")["input_ids"]) == 2  # the stream's words, too, are whole
+
+
+def test_every_word_that_is_taught_is_one_token(processor):
+    rng = np.random.default_rng(0)
+    for source in facts.SOURCES:
+        if source is facts.echo_facts:
+            continue  # random characters
+        for fact in [fact for _ in range(20) for fact in source(rng)[1]]:
+            for style, reasoning in facts.styles_of(fact):
+                for text in facts.ask(rng, fact, style, reasoning)[:2]:
+                    for word in re.findall(r" ?[A-Za-z]+", text):
+                        assert len(processor.tokenizer(word)["input_ids"]) == 1, word
+
+
+def test_the_tower_is_asked_for_each_tokens_own_pixels():
+    """A picture white in one 2×2 block, the first of the token in row 1, column 2, and black elsewhere."""
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[16:18, 32:34] = 255
+    ink = _ink([Image.fromarray(pixels).convert("RGB")])
+    assert ink.shape == (1, 16, 64) and ink[0, 4 + 2, 0] == 1 and ink.sum() == 1
 
 
 def test_rows_of_pictures_hold_their_picture_once(processor):

@@ -90,14 +90,18 @@ def _words(rng: np.random.Generator) -> list[str]:
 
 
 def choose(rng: np.random.Generator, near: bool) -> Row:
-    """Which letter stands before a word; every option of a list is asked for."""
+    """Which letter stands before a word; every option of a list is asked for.
+
+    From near the letter often follows the word itself: a head that finds the word in the list is then of use at once,
+    and else there is a long plateau at what is left when options already named are ruled out.
+    """
     turns = []
     for _ in range(8):
         options = _words(rng)[: rng.integers(2, 5)]
         listed = (f"{letter}. {option}\n" for letter, option in zip(string.ascii_uppercase, options, strict=False))
         before = "\n" + "".join(listed)
         for i in rng.permutation(len(options)):
-            given = f"The answer is {options[i]}." + ("" if near or rng.random() < 0.5 else "\n")
+            given = f"The answer is {options[i]}" + str(rng.choice(["", "."] if near else [".", ".\n"]))
             turns.append((before + given, string.ascii_uppercase[i], "choose"))
             before = "\n"
     return Row(None, turns)
