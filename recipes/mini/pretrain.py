@@ -31,7 +31,8 @@ from mcit.data_prep.mini import facts
 from mcit.eval.scorers import get_scorer
 
 SOURCES = [source for source, count in facts.SOURCES.items() for _ in range(count)]  # of the rows of a batch
-NATIVES = [source for source in SOURCES if source is not facts.match_facts]
+FULL = partial(facts.scene_facts, count=4)  # of fewer shapes, what else is asked gives too many answers away
+NATIVES = [FULL if s is facts.scene_facts else s for s in SOURCES if s is not facts.match_facts]
 PICTURES = [source for source in facts.SOURCES if source in (facts.scene_facts, facts.chart_facts, facts.letter_facts)]
 KNOWN, PATIENCE = 0.9, 1500  # share of right answers, and steps, at most, until a lesson has them
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
@@ -53,7 +54,7 @@ def captions(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
 
 
 def natives(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
-    """Every fact in its native style, until those that a word answers are known."""
+    """Every fact in its native style, of full pictures, until those that a word answers are known."""
     words = ("colour_at", "shape_at", "corner_of", "bar_colour", "letter")
     for _ in _until_known(accuracy, *(f"{word} short none" for word in words)):
         yield [questions(rng, source, accuracy, native=True) for source in NATIVES] + _choices(rng), 1.0
@@ -76,13 +77,10 @@ def matching(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
 
 
 def shapes(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
-    """Which shape is where, the slowest, beside the rest.
-
-    Always of four shapes: of fewer, the answer can be guessed from which shapes are in the picture at all.
-    """
+    """Which shape is where, the slowest, beside the rest."""
 
     def which_shape(rng: np.random.Generator) -> tuple[Image.Image, list[facts.Fact]]:
-        picture, known = facts.scene_facts(rng, 4)
+        picture, known = FULL(rng)
         return picture, [fact for fact in known if fact.name == "shape_at"]
 
     for _ in _until_known(accuracy, "shape_at mcq none", "shape_at yes_no none"):
