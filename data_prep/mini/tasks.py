@@ -19,10 +19,10 @@ from mcit.data_prep.styles import build_prompt
 
 from . import rationales, world
 
-_THOUSAND = {"train": 1000, "validation": 100, "test": 250}
+_USUAL = {"train": 1000, "validation": 100, "test": 250}
 # What is learned slowest has twice as many samples to train.
-SIZES = dict.fromkeys(rationales.TASKS, _THOUSAND)
-SIZES["digits"] = SIZES["arithmetic"] = _THOUSAND | {"train": 2000}
+SIZES = dict.fromkeys(rationales.TASKS, _USUAL)
+SIZES["digits"] = SIZES["arithmetic"] = _USUAL | {"train": 2000}
 Program = dict[str, Any]
 Make = Callable[[np.random.Generator], Program]
 

@@ -19,7 +19,7 @@ from transformers import (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
 SPECIALS += ["<|video_pad|>"]
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-# Whole words, at the start of a text and after a space. The last lines are the stream's, of which the model is taught
+# Whole words, at the start of a text and after a space. The last line is the stream's, of which the model is taught
 # none: as real tokenizers know more words than any model has learned well.
 WORDS = """
 system user assistant Describe Repeat this the picture What Which Where How Is Does Give Put Write At After The There
