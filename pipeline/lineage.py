@@ -99,9 +99,20 @@ def enter(model: "PreTrainedModel", previous: Path | None, train: "TrainConfig")
         target_modules=pattern(names),
     )
     peft = get_peft_model(model, config)
+    freeze(model.get_encoder("image"))
     if train.lineage == "continue" and past:
         _resume(peft, past, previous)
     return peft
+
+
+def freeze(tower: nn.Module) -> None:
+    """Run `tower` without a graph if nothing in it is trained.
+
+    With gradient checkpointing transformers asks for gradients with respect to every embedding, patches included: the
+    frozen tower would be run a second time and differentiated for nothing.
+    """
+    if not any(parameter.requires_grad for parameter in tower.parameters()):
+        tower.forward = torch.no_grad()(tower.forward)  # type: ignore[method-assign]
 
 
 def leave(model: PeftModel, previous: Path | None, train: "TrainConfig") -> tuple[Adapter, Adapter]:

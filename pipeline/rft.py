@@ -56,6 +56,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
         processing_class=entered.processor,
         callbacks=entered.callbacks,
     )
+    trainer.add_callback(RewardsDiffer(entered.stage.name))
     if args.beta:
         set_reference(entered.model, entered.previous, train)
         if train.reference == "previous":
@@ -111,6 +112,25 @@ class ReferenceIsPrevious(TrainerCallback):
         kl = (logs or {}).get("kl")
         if state.global_step == 1 and kl is not None and not abs(kl) < KL_AT_START:
             raise RuntimeError(f"the first KL to the previous policy is {kl}, not 0: the reference is another policy")
+
+
+class RewardsDiffer(TrainerCallback):
+    """Refuses a training in which no reward ever differed within a group: every advantage was zero."""
+
+    def __init__(self, stage: str):
+        self.stage = stage
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        alike = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]
+        if alike and min(alike) == 1:
+            rewards = [row["reward"] for row in state.log_history if "reward" in row]
+            raise InputError(
+                f"all answers to a prompt always earned the same reward ({min(rewards):g} to {max(rewards):g}), so "
+                "nothing was learned",
+                where=f"stage {self.stage}",
+                field="train.rft",
+                remedy="Check the reward, or raise args.temperature or args.num_generations",
+            )
 
 
 def _end_tokens(entered: Entered) -> set[int]:

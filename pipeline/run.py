@@ -118,5 +118,5 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         trained = marker["trained"]
         return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}"]
     if step.name == "evaluate":
-        return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}"]
+        return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

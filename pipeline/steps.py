@@ -17,6 +17,7 @@ from mcit.data_prep.files import hash_files, hash_json, read_json, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
 from mcit.data_prep.schema import PreparedTask, TaskConfig
 from mcit.eval.cells import load_cell
+from mcit.eval.engines import FALLBACK
 from mcit.eval.hashing import cache_dir, hash_model
 from mcit.eval.results import assemble_results, write_results
 from mcit.eval.serving import Serving, read_serving, write_serving
@@ -238,14 +239,20 @@ class Run:
             }
 
         def work(show: Show, lock: int) -> Facts:
-            wanted = cells() or []
+            wanted, notes = cells() or [], []
+
+            def listen(line: str) -> None:
+                if line.startswith(FALLBACK):
+                    notes.append(line)
+                show(line)
+
             if todo := left(wanted):
                 file = self.dir / "steps" / "cells.json"
                 write_json(file, {"cells": todo, "config": config.model_dump()})
                 command = [sys.executable, "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
-                self._child(step, command, show, lock)
+                self._child(step, command, listen, lock)
             engines = {str(read_json(load_cell(self.dir, *cell, config).marker)["engine"]) for cell in wanted}
-            return {"answered": len(todo), "engines": sorted(engines)}
+            return {"answered": len(todo), "engines": sorted(engines), "notes": notes}
 
         step = Step("evaluate", "evaluate", self._marker("evaluate"), lambda: not left(cells() or []), inputs, work)
         return step

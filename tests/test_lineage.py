@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +182,26 @@ def test_target_names_come_from_the_model() -> None:
     tower = set(target_names(model, ModulesConfig(vision="lora"))) - set(language)
     assert "model.visual.blocks.0.attn.qkv" in tower and not any("merger" in name for name in tower)
     assert not any("lm_head" in name or "patch_embed" in name for name in (*language, *merger, *tower))
+
+
+@pytest.mark.parametrize("modules, runs", [({}, 1), ({"vision": "lora"}, 2)])
+def test_checkpointing_does_not_rerun_a_frozen_tower(modules: dict[str, str], runs: int) -> None:
+    """Gradient checkpointing as TRL turns it on; a tower that is trained is run again in the backward pass."""
+    model = enter(tiny_model(), None, config("stack", modules=modules))
+    calls: list[torch.Tensor] = []
+    tower: Any = model.get_encoder("image")
+    tower.blocks[1].register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    image = model.config.image_token_id
+    ids = torch.tensor([[10, 20, *4 * [image], 30, 40]])
+    pixels = torch.rand((16, 3 * 2 * 8 * 8), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": ids, "mm_token_type_ids": (ids == image).int(), "labels": ids}
+    model(**inputs, pixel_values=pixels, image_grid_thw=torch.tensor([[1, 4, 4]])).loss.backward()
+    assert len(calls) == runs
+    assert calls[0].requires_grad == bool(modules)
+    assert all(b.grad.abs().sum() > 0 for name, _, b, _ in lora_layers(model) if name.endswith("v_proj"))
 
 
 def test_continue_refuses_another_shape(tmp_path) -> None:

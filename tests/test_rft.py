@@ -193,6 +193,12 @@ def test_mistakes_are_one_clear_line(trained: tuple[Path, Path], tmp_path: Path)
         reinforce(run, recipe, 2, "train.rft.args.num_generations=3")
     with pytest.raises(InputError, match=r"train.rft.args.use_vllm: is set by the pipeline"):
         reinforce(run, recipe, 2, "train.rft.args.use_vllm=true")
+    greedy = ("train.rft.args.temperature=0.001", "train.rft.args.max_steps=1")
+    with pytest.raises(
+        InputError, match=r"stage again: train.rft: all answers .* the same reward .* nothing was learn"
+    ):
+        reinforce(run, recipe, 2, *greedy)
+    assert not (run / "stages" / "02-again").exists()
     mixed = recipe.with_name("mixed.yaml")
     mixed.write_text(recipe.read_text().replace("method:", "  - [again, words]\nmethod:"))
     (run / "stages" / "03-words").symlink_to(trained[0] / "stages" / "01-colour")

@@ -10,6 +10,9 @@ from .base import Engine, Policy, Request, Response, Scored, generate, read_poli
 __all__ = ["Engine", "Policy", "Request", "Response", "Scored", "generate", "make_engine", "read_policy"]
 
 
+FALLBACK = "evaluating with transformers, which is slower"  # what is said where vLLM cannot run
+
+
 def make_engine(
     policies: Sequence[Policy], config: EvalConfig, max_images: int, say: Callable[[str], None] = print
 ) -> Engine:
@@ -34,5 +37,5 @@ def make_engine(
         if config.engine == "vllm":
             remedy = "Set it to auto or transformers; `mcit doctor` says more"
             raise InputError(reason, field="eval.engine", remedy=remedy)
-        say(f"evaluating with transformers, which is slower: {reason}")
+        say(f"{FALLBACK}: {reason}")
     return TransformersEngine(policies, config)

@@ -36,6 +36,11 @@ class Batch:
     labels: torch.Tensor
     answers: list[tuple[str, int, int, int]]
 
+    def to(self, device: str) -> "Batch":
+        """The same with its tensors on `device`."""
+        inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels.to(device), self.answers)
+
 
 def opening(prompt: str, picture: bool) -> str:
     """A user turn up to where the answer begins, exactly as the chat template gives it."""

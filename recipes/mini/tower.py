@@ -42,17 +42,18 @@ def train_tower(
     model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, rng: np.random.Generator, steps: int
 ) -> None:
     """Train tower and projector for `steps` batches of 80 fresh pictures; prints each label's accuracy."""
-    visual = model.model.visual
+    visual, device = model.model.visual, model.device
     width = model.config.vision_config.out_hidden_size
     vectors = {name: _word_vectors(model, processor, words) for name, words in WORDS.items()}
-    heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()})
-    strokes = nn.Linear(width, INK * INK)
+    heads = nn.ModuleDict({name: nn.Linear(width, size) for name, size in HEADS.items()}).to(device)
+    strokes = nn.Linear(width, INK * INK).to(device)
     parameters = [*visual.parameters(), *heads.parameters(), *strokes.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98))
     schedule, start = get_cosine_schedule_with_warmup(optimizer, 100, steps), time.monotonic()
     for step in range(1, steps + 1):
         pictures, labels = _batch(rng)
-        inputs = processor.image_processor(images=pictures, return_tensors="pt")
+        labels = {name: label.to(device) for name, label in labels.items()}
+        inputs = processor.image_processor(images=pictures, return_tensors="pt").to(device)
         tokens = visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
         tokens = tokens.view(len(pictures), GRID * GRID, width)
         scores = {name: tokens @ vectors[name].T for name in WORDS}  # 1 for a word itself
@@ -61,7 +62,7 @@ def train_tower(
         logits = {name: F.pad(10 * score, (1, 0), value=5.0) for name, score in scores.items()}
         logits |= {name: head(tokens) for name, head in heads.items()}
         loss += sum(F.cross_entropy(logits[name].flatten(0, 1), labels[name].flatten()) for name in logits)
-        loss += 30 * F.mse_loss(strokes(tokens[-LETTERS:]), _ink(pictures[-LETTERS:]))
+        loss += 30 * F.mse_loss(strokes(tokens[-LETTERS:]), _ink(pictures[-LETTERS:]).to(device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
