@@ -34,6 +34,11 @@ SOURCES = [source for source, count in facts.SOURCES.items() for _ in range(coun
 FULL = partial(facts.scene_facts, count=4)  # of fewer shapes, what else is asked gives too many answers away
 NATIVES = [FULL if s is facts.scene_facts else s for s in SOURCES if s is not facts.match_facts]
 PICTURES = [source for source in facts.SOURCES if source in (facts.scene_facts, facts.chart_facts, facts.letter_facts)]
+DESCRIBED = {  # what captions tell of each kind of picture
+    FULL: ("told colour_at", "told corner_of"),
+    facts.chart_facts: ("told bar_colour", "told box_of_bar"),
+    facts.letter_facts: ("told letter",),
+}
 KNOWN, PATIENCE = 0.9, 1500  # share of right answers, and steps, at most, until a lesson has them
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
@@ -49,9 +54,12 @@ def choices(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
 
 
 def captions(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
-    """Pictures described, until their words are known."""
+    """Pictures described, until their words are known; the kinds known least most often."""
+    sources = list(DESCRIBED)
     for _ in _until_known(accuracy, "told colour_at", "told corner_of", "told bar_colour"):
-        yield [caption(rng, source) for source in PICTURES for _ in range(4)] + _choices(rng), 1.0
+        weights = np.array([1.05 - min(accuracy.get(name, 0.0) for name in told) for told in DESCRIBED.values()])
+        kinds = rng.choice(len(sources), size=12, p=weights / weights.sum())
+        yield [caption(rng, sources[kind]) for kind in kinds] + _choices(rng), 1.0
 
 
 def natives(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
