@@ -119,10 +119,18 @@ def test_a_caption_tells_each_fact_once_and_truly(source):
         assert name == "caption" or any(name == fact and wanted.startswith(f" {answer}") for fact, answer in answers)
 
 
-@pytest.mark.parametrize(("last", "shares"), [(False, [1.0, 1.0, 1.0, 1.0]), (True, [1.0, 0.75, 0.5, 0.25])])
-def test_the_learning_rate_falls_in_the_last_lesson(last, shares):
-    lesson = pretrain.dialogues(np.random.default_rng(0), {}, 4, last)
-    assert [share for _, share in lesson] == shares
+def test_the_learning_rate_falls_in_the_last_lesson():
+    lesson = pretrain.last(np.random.default_rng(0), {}, 4)
+    assert [share for _, share in lesson] == [1.0, 0.75, 0.5, 0.25]
+
+
+def test_captions_describe_what_is_known_least():
+    """Letters known and charts half known: a scene's chance is 1.05 of 1.65."""
+    known = {"told letter": 1.0, "told bar_colour": 0.5, "told box_of_bar": 0.9}
+    lesson = pretrain.captions(np.random.default_rng(0), known)
+    rows = [row for _ in range(20) for row in next(lesson)[0] if row.picture is not None]
+    scenes = [row for row in rows if any(name == "told colour_at" for _, _, name in row.turns)]
+    assert abs(len(scenes) / len(rows) - 1.05 / 1.65) < 0.1
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (3, 48, 16)])

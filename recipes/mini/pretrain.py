@@ -1,6 +1,6 @@
 """Pretrain the embedded tiny VLM from scratch, gate it, and save it as any other model is saved.
 
-    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 2000]
+    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 1800]
 
 First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
 1.8 million parameters learns to match words, to describe pictures, and to answer questions about the facts of
@@ -39,7 +39,7 @@ DESCRIBED = {  # what captions tell of each kind of picture
     facts.chart_facts: ("told bar_colour", "told box_of_bar"),
     facts.letter_facts: ("told letter",),
 }
-KNOWN, PATIENCE = 0.9, 1500  # share of right answers, and steps, at most, until a lesson has them
+KNOWN, PATIENCE = 0.9, 2500  # share of right answers, and steps, at most, until a lesson has them
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
 EAGER = {"attn_implementation": "eager"}  # quicker than SDPA at 144 tokens on a CPU
@@ -85,6 +85,13 @@ def matching(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
         yield pictures + near + [questions(rng, facts.match_facts, accuracy) for _ in range(10)], 1.0
 
 
+def dialogues(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
+    """Questions in every style, those known least most often, until all words but those for shapes are."""
+    words = ("colour_at", "corner_of", "bar_colour", "letter")
+    for _ in _until_known(accuracy, *(f"{word} {style} none" for word in words for style in ("mcq", "yes_no"))):
+        yield [questions(rng, source, accuracy) for source in SOURCES], 1.0
+
+
 def shapes(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
     """Which shape is where, the slowest, beside the rest."""
 
@@ -92,8 +99,14 @@ def shapes(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
         picture, known = FULL(rng)
         return picture, [fact for fact in known if fact.name == "shape_at"]
 
-    for _ in _until_known(accuracy, "shape_at mcq none", "shape_at yes_no none"):
+    for _ in _until_known(accuracy, "shape_at mcq none", "shape_at yes_no none", share=0.8):  # more takes long
         yield [questions(rng, source, accuracy) for source in 12 * [which_shape] + 2 * list(facts.SOURCES)], 1.0
+
+
+def last(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Lessons:
+    """Dialogues again, while the learning rate falls to zero."""
+    for step in range(steps):
+        yield [questions(rng, source, accuracy) for source in SOURCES], 1 - step / steps
 
 
 def _choices(rng: np.random.Generator) -> list[Row]:
@@ -101,22 +114,16 @@ def _choices(rng: np.random.Generator) -> list[Row]:
     return [choose(rng, near=True) for _ in range(3)]
 
 
-def _until_known(accuracy: dict[str, float], *names: str) -> Iterator[None]:
+def _until_known(accuracy: dict[str, float], *names: str, share: float = KNOWN) -> Iterator[None]:
     """For each step of a lesson; the next waits for it, since none is learned beside another.
 
     `accuracy`, 0–1, by what is asked, is looked at as it changes. What is not known in time ends the script.
     """
     for _ in range(PATIENCE):
-        if all(accuracy.get(name, 0.0) > KNOWN for name in names):
+        if all(accuracy.get(name, 0.0) > share for name in names):
             return
         yield
-    sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= KNOWN)}")
-
-
-def dialogues(rng: np.random.Generator, accuracy: dict[str, float], steps: int, last: bool) -> Lessons:
-    """Questions in every style, those known least most often; in the last lesson the learning rate falls to zero."""
-    for step in range(steps):
-        yield [questions(rng, source, accuracy) for source in SOURCES], 1 - step / steps if last else 1.0
+    sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= share)}")
 
 
 def train(
@@ -215,17 +222,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--steps", type=int, default=2000, help="batches of dialogues, and as many again while the learning rate falls"
-    )
+    parser.add_argument("--steps", type=int, default=1800, help="of the last lesson")
     arguments = parser.parse_args()
     processor = build_processor(build_tokenizer())
     model = build_model(processor.tokenizer, arguments.seed).to(DEVICE)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
     teachers = {"choices": choices, "captions": captions, "natives": natives, "agreement": agreement}
-    teachers |= {"matching": matching}
-    teachers["dialogues"] = partial(dialogues, steps=arguments.steps, last=False)
-    teachers |= {"shapes": shapes, "last": partial(dialogues, steps=arguments.steps, last=True)}
+    teachers |= {"matching": matching, "dialogues": dialogues, "shapes": shapes}
+    teachers["last"] = partial(last, steps=arguments.steps)
     for number, name in enumerate(("tower", *teachers)):
         learned, rng = arguments.out / name, np.random.default_rng([arguments.seed, 1, number])
         if not learned.exists():
