@@ -14,7 +14,7 @@ install: .venv/installed-$(VARIANT)
 
 .venv/installed-$(VARIANT): pyproject.toml $(CONSTRAINTS) overrides-$(VARIANT).txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mcit needs Python 3.11 or newer")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) uv
 	$(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c $(CONSTRAINTS) --override overrides-$(VARIANT).txt -e ".[$(VARIANT),deepspeed,dev]"
 	touch $@

@@ -79,7 +79,7 @@ def sentences(text: str) -> list[str]:
 def is_sentence(text: str) -> bool:
     """Whether a text reads as a sentence, not as a phrase: a subject with a verb, or seven words with a full stop."""
     parts = [word.strip("\"'(),.;:!?").lower().replace("’", "'") for word in text.split()]
-    if len(parts) >= 3 and parts[0] in _SUBJECTS and not _VERBS.isdisjoint(parts):
+    if parts and len(parts) + ("'" in parts[0]) >= 3 and parts[0] in _SUBJECTS and not _VERBS.isdisjoint(parts):
         return True
     return len(parts) > 6 and text.rstrip().endswith((".", "!", "?"))
 

@@ -337,6 +337,7 @@ def write_task(
             **task,
             "counts": {part: len(samples.get(part, [])) for part in PARTS},
             "hash": hash_json(hashes),
+            "train_hash": hashes["train"],
             "test_hash": hashes["test"],
         },
     )

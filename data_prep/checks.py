@@ -32,12 +32,18 @@ class Fit(NamedTuple):
 
 
 def check_samples(
-    path: Path, processor: Any, max_length: int | None, *, on_bad: Literal["error", "drop"] = "error"
+    path: Path,
+    processor: Any,
+    max_length: int | None,
+    max_model_len: int | None = None,
+    *,
+    on_bad: Literal["error", "drop"] = "error",
 ) -> Fit:
     """Count every sample's tokens as the model will get them.
 
-    `processor` is a transformers processor with a chat template; `max_length` is in tokens (`None`: no limit). Raises
-    `InputError` for the first sample that does not fit, unless `on_bad` is `drop`: then `Fit.bad` lists them.
+    `processor` is a transformers processor with a chat template; `max_length` is what fits in training and
+    `max_model_len` in evaluation, in tokens with the gold answer's (`None`: no limit). Raises `InputError` for the
+    first sample that does not fit, unless `on_bad` is `drop`: then `Fit.bad` lists them.
     """
     task = read_task(path)
     count = _Counter(processor, Path(path), task, read_images(path))
@@ -49,15 +55,14 @@ def check_samples(
             continue
         tokens: dict[str, int] = {}
         bad[part] = {}
+        limit, key = (max_length, "train.max_length") if part == "train" else (max_model_len, "eval.max_model_len")
         for start in range(0, len(samples), _BATCH):
             for sample, result in count(samples[start : start + _BATCH]):
                 if isinstance(result, InputError):
                     problem, remedy = str(result), "Or set prepare.on_bad: drop"
-                elif max_length is not None and result > max_length:
-                    problem = f"has {result} tokens, images included, but only {max_length} fit"
-                    remedy = (
-                        "Raise train.max_length, lower base_model.processor.max_pixels, or set prepare.on_bad: drop"
-                    )
+                elif limit is not None and result > limit:
+                    problem = f"has {result} tokens, images included, but only {limit} fit"
+                    remedy = f"Raise {key}, lower base_model.processor.max_pixels, or set prepare.on_bad: drop"
                 else:
                     tokens[sample["id"]] = result
                     continue
@@ -72,10 +77,16 @@ def check_samples(
 
 
 def fit_task(
-    path: Path, processor: Any, max_length: int | None, *, on_bad: Literal["error", "drop"], cache: Path
+    path: Path,
+    processor: Any,
+    max_length: int | None,
+    max_model_len: int | None = None,
+    *,
+    on_bad: Literal["error", "drop"],
+    cache: Path,
 ) -> tuple[Path, Fit]:
     """`check_samples`; under `drop` the folder returned is one without the samples that do not fit."""
-    fit = check_samples(path, processor, max_length, on_bad=on_bad)
+    fit = check_samples(path, processor, max_length, max_model_len, on_bad=on_bad)
     drop = {part: set(reasons) for part, reasons in fit.bad.items() if reasons}
     if drop:
         first = next(reason for reasons in fit.bad.values() for reason in reasons.values())

@@ -28,8 +28,15 @@ def read_rows(source: str, part: Part, base_dir: Path) -> Iterator[tuple[str, An
     JSON lines and Parquet are streamed; a JSON list is read at once.
     """
     if is_function(source):
-        for index, row in enumerate(load_function(source, base_dir)(part), 1):
-            yield f"{source}: sample {index}", row
+        index, rows = 0, load_function(source, base_dir)
+        try:
+            for index, row in enumerate(rows(part), 1):
+                yield f"{source}: sample {index}", row
+        except Exception as error:
+            if isinstance(error, InputError):
+                raise
+            where = f"{source}: sample {index + 1} of {part}"
+            raise InputError(f"the reader failed: {type(error).__name__}: {error}", where=where) from error
         return
     path = base_dir / source
     kind = _file_kind(path)
@@ -63,8 +70,9 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
     sys.path[:0] = added
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise InputError(f"cannot import {module_name} ({error})", where=spec) from None
+    except Exception as error:  # a module of the user's own can fail in any way
+        kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise InputError(f"cannot import {module_name} ({kind}{error})", where=spec) from None
     finally:
         for entry in added:
             with contextlib.suppress(ValueError):

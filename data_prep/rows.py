@@ -48,7 +48,9 @@ def parse_row(row: Any, where: str) -> RawSample:
     turns = _Turns(where, images)
     references = _references(row, where)
     if row.get("conversations") is not None:
-        prompt, completion = _split(turns.read(row["conversations"], "conversations"), where, "conversations")
+        given = [{"from": "system", "value": row["system"]}] if row.get("system") else []
+        dialogue = [*given, *row["conversations"]] if isinstance(row["conversations"], list) else row["conversations"]
+        prompt, completion = _split(turns.read(dialogue, "conversations"), where, "conversations")
     elif row.get("messages") is not None:
         prompt, completion = _split(turns.read(row["messages"], "messages"), where, "messages")
     elif row.get("prompt") is not None:

@@ -93,4 +93,5 @@ class PreparedTask(TypedDict):
     counts: dict[str, int]  # samples per part: train, validation, test
     notes: list[str]  # what was inferred, split off or dropped, to be printed
     hash: str  # of the samples and the images' bytes: the data's identity in every fingerprint
+    train_hash: str  # of the training part alone: what a stage depends on
     test_hash: str  # of the test part alone: what a score depends on

@@ -14,7 +14,7 @@ from mcit.data_prep.schema import PreparedTask, Sample
 
 from .config import EvalConfig
 from .engines.base import Policy, Request, read_policy
-from .scorers import get_scorer
+from .scorers import get_scorer, scorer_identity
 from .scoring import aggregate, score_response
 
 _ANSWERS = 1  # raised when the same request would get another answer from this code
@@ -80,7 +80,7 @@ def load_cell(run_dir: Path, stage: int, task: str, config: EvalConfig) -> Cell:
         "options": config.model_dump(include={"engine", "max_new_tokens", "max_model_len"}),
     }
     answers_key = hash_json(answers)
-    scores = {"answers": answers_key, "scorer": info["scorer"], "code": _scoring_code()}
+    scores = {"answers": answers_key, "scorer": scorer_identity(info["scorer"]), "code": _scoring_code()}
     return Cell(stage, policy, folder, info, run_dir / "predictions" / f"{stage:02d}", answers_key, hash_json(scores))
 
 

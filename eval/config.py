@@ -18,5 +18,5 @@ class EvalConfig(Config):
     batch_size: int = Field(default=32, gt=0)  # of the transformers engine; vLLM batches by itself
     probes: int = Field(default=8, gt=0)  # prompts on which each adapter is shown to be live before scores count
     # Largest |log-prob gap| between transformers and vLLM, in nats: of any probe token in float32; in 16 bits, where
-    # single improbable tokens differ by tenths in correct code, of the worst probe's mean.
+    # single improbable tokens differ by tenths in correct code, the mean over all probe tokens.
     parity_tolerance: float = Field(default=0.05, gt=0)

@@ -37,6 +37,7 @@ class Cells(Config):
 
     cells: list[tuple[int, str]]
     config: EvalConfig
+    modules: list[str] = []  # folders with scorers of the user's own  # noqa: RUF012
 
 
 def evaluate_cells(
@@ -203,6 +204,7 @@ def main() -> None:
         except ValidationError as error:
             first = error.errors()[0]
             raise InputError(first["msg"], where=options.cells, field=".".join(map(str, first["loc"]))) from None
+        sys.path += wanted.modules  # last: a folder of theirs may be called like a library
         evaluate_cells(options.run, wanted.cells, wanted.config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

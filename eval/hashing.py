@@ -1,7 +1,9 @@
 """The identity of a model: a hash over the files that decide its answers."""
 
+import contextlib
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from mcit.data_prep.errors import InputError
@@ -26,14 +28,30 @@ def model_folder(path_or_id: str, revision: str | None = None) -> Path:
         raise InputError("no such model folder", where=path_or_id)
     from huggingface_hub import snapshot_download
 
-    try:
+    with _from_hub(path_or_id):
         patterns = [f"*{suffix}" for suffix in _SUFFIXES]
         return Path(snapshot_download(path_or_id, revision=revision, allow_patterns=patterns))
+
+
+def hub_commit(hub_id: str, revision: str | None = None) -> str:
+    """The commit that a Hub id stands for; fetches `config.json` alone. Raises `InputError`."""
+    if Path(hub_id).is_absolute() or hub_id.startswith("."):
+        raise InputError("no such model folder", where=hub_id)
+    from huggingface_hub import hf_hub_download
+
+    with _from_hub(hub_id):
+        return Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent.name  # …/snapshots/<commit>/
+
+
+@contextlib.contextmanager
+def _from_hub(hub_id: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # offline, gated, misspelt: the Hub client has an exception for each, none of them ours
         reason = str(error).split("\n", 1)[0]
         raise InputError(
             f"neither a folder nor a model that could be had from the Hub ({reason})",
-            where=path_or_id,
+            where=hub_id,
             field="base_model.path",
             remedy="Check the name, log in with `hf auth login`, or give a local folder",
         ) from None

@@ -98,14 +98,13 @@ def log_prob_gap(a: Sequence[Scored], b: Sequence[Scored], dtype: str) -> tuple[
     """(what is held against the tolerance, the largest |log-prob gap| of any token), in nats.
 
     In float32 both are the largest gap. In 16 bits single improbable tokens differ by tenths between any two correct
-    implementations, while a wrong adapter, image or prompt moves all of them: there it is the mean over the tokens of
-    a probe, of the worst probe.
+    implementations, while a wrong adapter, image or prompt moves all of them: there it is the mean over all tokens.
     """
     gaps = [
         [abs(x - y) for x, y in zip(one.logprobs, other.logprobs, strict=True)] for one, other in zip(a, b, strict=True)
     ]
-    largest = max(max(row) for row in gaps)
-    return (largest if dtype == "float32" else max(sum(row) / len(row) for row in gaps)), largest
+    tokens = [gap for row in gaps for gap in row]
+    return (max(tokens) if dtype == "float32" else sum(tokens) / len(tokens)), max(tokens)
 
 
 def is_zero(policy: Policy) -> bool:

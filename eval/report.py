@@ -20,8 +20,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 from markupsafe import Markup
 from PIL import Image
 
-from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open, read_json, read_jsonl
+
+from .results import read_results
 
 METRICS = {  # the order of the table, and what each says
     "MFT": "mean score right after a task was learned",
@@ -46,7 +47,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     `out` is the folder to write into (default: the report folder of the first run). Raises `InputError` for a run
     without `results.json`.
     """
-    results = [_read_results(Path(run)) for run in run_dirs]
+    results = [dict(read_results(Path(run))) for run in run_dirs]
     out = Path(out) if out else Path(run_dirs[0]) / "report"
     out.mkdir(parents=True, exist_ok=True)
     _write_matrix_image(results, out / "matrix.png")
@@ -131,12 +132,6 @@ def _worst_drop(result: dict[str, Any]) -> tuple[str, float, float, int, str] | 
         if worst is None or drop > worst[0]:
             worst = (drop, (task["name"], column[0][1], column[-1][1], stages[row]["k"], stages[row]["name"]))
     return worst[1] if worst else None
-
-
-def _read_results(run: Path) -> dict[str, Any]:
-    if not (run / "results.json").exists():
-        raise InputError("no results yet", where=run / "results.json", remedy="Finish the run with `mcit run`")
-    return read_json(run / "results.json")
 
 
 def _view(run: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -148,11 +148,13 @@ def write_results(run_dir: Path, results: Results) -> None:
 def read_results(run_dir: Path) -> Results:
     """Read `RUN/results.json`. Raises `InputError` if it is missing, incomplete or of another version."""
     path = Path(run_dir) / "results.json"
+    if not path.exists():
+        raise InputError("no results yet", where=path, remedy="Finish the run with `mcit run`")
     content = read_json(path)
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found != SCHEMA_VERSION:
         problem = f"has schema version {found}, expected {SCHEMA_VERSION}"
-        raise InputError(problem, where=path, remedy="Run `mcit report` on the run to write it anew")
+        raise InputError(problem, where=path, remedy="Run `mcit run` on the run's folder to write it anew")
     if missing := [key for key in Results.__annotations__ if key not in content]:
         raise InputError("is missing", where=path, field=missing[0])
     return cast(Results, content)

@@ -19,7 +19,7 @@ from typing import Any
 from rapidfuzz.distance import LCSseq, Levenshtein
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.readers import is_function, load_function
+from mcit.data_prep.readers import is_function, load_function, source_identity
 from mcit.data_prep.schema import Sample, Style
 
 from .text import latex_tokens, plain, same_number, to_number, vqa_answer
@@ -158,8 +158,9 @@ def _math(answer: str, reference: str, sample: Sample) -> float:
 
     if _is_prose(reference) and _short(answer, reference, sample):
         return 1.0
-    # Its time limit is an alarm signal, which Python delivers to the main thread only.
-    timeout = 1 if threading.current_thread() is threading.main_thread() else None
+    # Its time limit is an alarm signal, which Python delivers to the main thread only. It is long, since no score may
+    # depend on how busy the machine is.
+    timeout = 10 if threading.current_thread() is threading.main_thread() else None
     wanted, given = _expressions(reference, timeout), _expressions(answer, timeout)
     return bool(wanted and given) and verify(wanted, given, timeout_seconds=timeout)
 
@@ -266,6 +267,11 @@ def get_scorer(name: str) -> Scorer:
         remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(SCORERS)}; or module:function"
         raise InputError(f"unknown scorer {name!r}", remedy=remedy)
     return SCORERS[name]
+
+
+def scorer_identity(name: str) -> str:
+    """What a fingerprint holds of a scorer: its name, and of a user's function its code too. Raises `InputError`."""
+    return f"{name} {source_identity(name, Path.cwd())}" if is_function(name) else name
 
 
 def _user_scorer(name: str) -> Scorer:

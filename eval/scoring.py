@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
+from mcit.data_prep.prepare import read_samples, read_task
 from mcit.data_prep.readers import iter_jsonl
 from mcit.data_prep.schema import Reasoning, Sample, Style
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
@@ -28,6 +29,7 @@ _FREE_TEXT = ("brief", "detailed", "caption")
 # that find an answer in prose need not be linear. In characters.
 _LONGEST_RESPONSE = 100_000
 _LONGEST_ANSWER = 10_000
+_GOLD = 500  # gold answers scored before training
 
 
 class Score(TypedDict):
@@ -56,7 +58,8 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
     An answer is `correct` exactly when its score reaches `scorer.right_from`. So where an answer passes for the style
     asked for but is right only in the style-free reading ("The digit is 7" as a phrase), its form is what is wrong. An
     answer that was cut off (`finished` False) has no form; free text has no other form to lose. A bare "No" or "B" is a
-    word, but not what a question for a word asks for, unless a reference is of that form too.
+    word, but not what a question for a word asks for, unless a reference is of that form too. What is a reference to
+    the letter has the form.
     """
     references, style = sample["references"], sample["style"]
     if not references:
@@ -65,6 +68,8 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
     think, answer, reasoning_ok = split_reasoning(_ends(response, _LONGEST_RESPONSE), sample["reasoning"])
     answer = answer if style in _FREE_TEXT else _ends(answer, _LONGEST_ANSWER)
     value, style_ok = parse(style, answer, options=options)
+    if any(answer.strip() == reference.strip() for reference in references):
+        value, style_ok = answer.strip(), True  # "The World Is Flat" looks like a sentence, and is a title
     if style == "short" and style_ok and (form := closed_form(answer)):
         style_ok = any(closed_form(reference) == form for reference in references)
     reading = value if style_ok and style in _FREE_TEXT else extract(style, answer, options=options)
@@ -80,6 +85,24 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
         "verdict": VERDICTS[format_ok, content_ok],
         "think": think,
     }
+
+
+def check_gold(folder: Path) -> list[str]:
+    """Whether a prepared task's own answers would be scored as right: notes on the first few hundred of its test part.
+
+    Raises `InputError` where more than half are not, since no policy could do better: scorer and style do not fit.
+    """
+    task, rows = read_task(folder), read_samples(folder, "test")[:_GOLD]
+    scorer, wrong = get_scorer(task["scorer"]), []
+    for sample in rows:
+        answer = sample["completion"][-1]["content"]
+        if (score := score_response(sample, answer, scorer))["verdict"] != "correct":
+            wrong.append(f"sample {sample['id']}, {answer[:60]!r}: {score['verdict']}")
+    problem = f"{len(wrong)} of {len(rows)} gold answers of the test part are not right for the scorer {task['scorer']}"
+    if len(wrong) > len(rows) / 2:
+        remedy = f"Name another `scorer:` or `style:` (it is {task['style']})"
+        raise InputError(problem, where=task["name"], field=wrong[0], remedy=remedy)
+    return [f"{task['name']}: {problem}; the first: {wrong[0]}"] if wrong else []
 
 
 def _ends(text: str, limit: int) -> str:

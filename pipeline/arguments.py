@@ -48,6 +48,7 @@ _INSTEAD = {
     "The launcher decides": ["use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config", "ddp_backend"],
     "The pipeline relies on its own setting": [
         *("ddp_broadcast_buffers", "ddp_find_unused_parameters", "logging_nan_inf_filter"),
+        *("logging_strategy", "logging_first_step", "accelerator_config"),
     ],
     "Set train.rft.rewards": ["reward_weights"],
     "Set train.reference": ["sync_ref_model"],
@@ -64,6 +65,8 @@ def check_stage(stage: "Stage") -> None:
 
     check_reference(stage.train)
     paradigm = stage.train.paradigm
+    if paradigm == "rft" and not any(stage.train.rft.rewards.values()):
+        raise InputError("every weight is 0", where="recipe", field="train.rft.rewards")
     section, config = (stage.train.sft, SFTConfig) if paradigm == "sft" else (stage.train.rft, GRPOConfig)
     known = [field.name for field in dataclasses.fields(config)]
     for key in section.args:
@@ -75,10 +78,22 @@ def check_stage(stage: "Stage") -> None:
             raise InputError(problem, where="recipe", field=field, remedy=nearest(key, known))
 
 
+def try_config(stage: "Stage") -> None:
+    """Whether TRL takes the values of a stage's arguments. Not in a process that trains: it settles on the CPU."""
+    from trl import GRPOConfig, SFTConfig
+
+    train = stage.train
+    section, config = (train.sft, SFTConfig) if train.paradigm == "sft" else (train.rft, GRPOConfig)
+    per_device, accumulation = split_batch(train.global_batch_size, 1, section.args.get("per_device_train_batch_size"))
+    batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+    own = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+    _made(config, train.paradigm, {**section.args, **batch, **own})
+
+
 def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str, Any]) -> Any:
     """TRL's `config` for a stage: our defaults, the recipe's `args` over them, and what the pipeline owns over both.
 
-    `own` holds what one paradigm owns beside the rest. What TRL refuses becomes an `InputError`.
+    `own` holds what one paradigm owns beside the rest. Raises `InputError`.
     """
     train = entered.stage.train
     args = (train.sft if train.paradigm == "sft" else train.rft).args
@@ -88,9 +103,10 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
     on_cpu = not torch.accelerator.is_available()
     defaults = {
         "report_to": "none",
-        "logging_first_step": True,
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": not on_cpu,
+        # So that a GPU does not wait for pictures; on a CPU they would take the cores that train.
+        "dataloader_num_workers": 0 if on_cpu else min(4, (os.cpu_count() or 1) // processes()),
     }
     if train.paradigm == "rft":
         defaults["disable_dropout"] = True  # with dropout, policy and reference differ by noise
@@ -103,16 +119,22 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
         "fp16": entered.recipe.base_model.dtype == "float16",
         "remove_unused_columns": False,
         "save_strategy": "no",
+        "logging_first_step": True,
         "logging_nan_inf_filter": False,  # it would hide a NaN loss behind an average
         "ddp_backend": "gloo" if on_cpu and processes() > 1 else None,
         "use_cpu": on_cpu and not deepspeed(),  # bfloat16 and data parallel need it; with it, DeepSpeed is dropped
         "ddp_broadcast_buffers": False,  # the past of lineage `stack` is the same everywhere
         "ddp_find_unused_parameters": False,  # the loss touches them all (MethodLoss)
     }
+    return _made(config, train.paradigm, {**defaults, **args, **owned, **own})
+
+
+def _made(config: Callable[..., Any], paradigm: str, settings: Mapping[str, Any]) -> Any:
+    """TRL's `config` of `settings`; what it refuses becomes an `InputError`."""
     try:
-        return config(**{**defaults, **args, **owned, **own})
+        return config(**settings)
     except (ValueError, TypeError) as error:
-        field = f"train.{train.paradigm}.args"
+        field = f"train.{paradigm}.args"
         raise InputError(str(error).splitlines()[0], where="recipe", field=field) from None
 
 

@@ -138,7 +138,9 @@ def evaluate(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDi
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run, or several to set side by side.")],
-    out: Annotated[Path | None, typer.Option(help="Folder to write to. Default: RUN/report of the first.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to. Default: RUN/report; of several, report/ beside the first.")
+    ] = None,
 ) -> None:
     """Write the report page of a run, or of several side by side.
 
@@ -150,7 +152,7 @@ def report(
     from .terminal import Terminal
 
     terminal, results = Terminal(), [dict(read_results(path)) for path in runs]
-    page = write_report(runs, out)
+    page = write_report(runs, out or (runs[0].resolve().parent / "report" if len(runs) > 1 else None))
     for result in results:
         terminal.results(result, old_task_verdicts(result))
     if len(results) > 1:

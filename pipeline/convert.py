@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mcit.data_prep.asd.rules import convert
 from mcit.data_prep.files import read_json, write_json, write_jsonl
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
 from mcit.data_prep.schema import AsdConfig, PrepareConfig, TaskConfig
@@ -21,7 +22,8 @@ def convert_file(source: Path, target: Path, asd: AsdConfig, seed: int) -> dict[
     folder = prepare_task(task, PrepareConfig(), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir())
     if read_task(folder)["image_root"] == "." and (folder / "images").is_dir():
         shutil.copytree(folder / "images", target.parent / "images", dirs_exist_ok=True)
-    write_jsonl(target, read_samples(folder, "train"))
-    report = read_json(folder / "asd_report.json")
+    samples = read_samples(folder, "train")
+    report = read_json(folder / "asd_report.json") if asd.fraction else convert(samples, 0, seed)[1]
+    write_jsonl(target, samples)
     write_json(target.with_name(f"{target.name}.report.json"), report)
     return report

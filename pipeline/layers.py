@@ -2,6 +2,7 @@
 
 import copy
 import difflib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -41,8 +42,8 @@ class RecipeLoader(yaml.SafeLoader):
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9]+", list("-+0123456789")),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),  # PyYAML would read 010 as octal
+    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
 ):
     RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
@@ -166,7 +167,8 @@ def resolve_paths(layer: dict[str, Any], folder: Path) -> None:
     for task in tasks_of(layer.get("stream")):
         for key in _DATA_KEYS:
             if isinstance(task.get(key), str) and not _REFERENCE.fullmatch(task[key]):
-                task[key] = str((folder / Path(task[key]).expanduser()).resolve())
+                # Not resolve(): image paths in the data are compared with `images` as they are written.
+                task[key] = os.path.abspath(folder / Path(task[key]).expanduser())
 
 
 def tasks_of(stream: Any) -> Iterable[dict[str, Any]]:

@@ -99,7 +99,6 @@ def enter(model: "PreTrainedModel", previous: Path | None, train: "TrainConfig")
         target_modules=pattern(names),
     )
     peft = get_peft_model(model, config)
-    freeze(model.get_encoder("image"))
     if train.lineage == "continue" and past:
         _resume(peft, past, previous)
     return peft

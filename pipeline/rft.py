@@ -20,7 +20,8 @@ from mcit.pipeline.lineage import set_reference
 from mcit.pipeline.stage import Entered, main
 from mcit.pipeline.trainer import MethodLoss
 
-KL_AT_START = 1e-4  # nats per token; the previous policy is the entering one, so only rounding may separate them
+# Nats per token; the previous policy is the entering one, so only rounding may separate them.
+KL_AT_START = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 class StageGRPOTrainer(MethodLoss, GRPOTrainer):
@@ -60,7 +61,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
     if args.beta:
         set_reference(entered.model, entered.previous, train)
         if train.reference == "previous":
-            trainer.add_callback(ReferenceIsPrevious())
+            trainer.add_callback(ReferenceIsPrevious(KL_AT_START[entered.recipe.base_model.dtype]))
     return trainer
 
 
@@ -108,9 +109,12 @@ def reward_functions(tasks: Mapping[str, PreparedTask], names: Sequence[str], en
 class ReferenceIsPrevious(TrainerCallback):
     """At the first step the KL to the previous policy must vanish: anything else is a wrong reference."""
 
+    def __init__(self, limit: float):
+        self.limit = limit
+
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         kl = (logs or {}).get("kl")
-        if state.global_step == 1 and kl is not None and not abs(kl) < KL_AT_START:
+        if state.global_step == 1 and kl is not None and not abs(kl) < self.limit:
             raise RuntimeError(f"the first KL to the previous policy is {kl}, not 0: the reference is another policy")
 
 

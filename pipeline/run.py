@@ -8,7 +8,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json
 from mcit.data_prep.prepare import read_task
 from mcit.data_prep.readers import is_function
-from mcit.eval.hashing import model_folder
+from mcit.eval.hashing import hub_commit
 from mcit.eval.results import read_results
 
 from .doctor import environment
@@ -98,9 +98,7 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
     before = (_recipe_before(run_dir) or {}).get("base_model", {})
     if before.get("path") == model.path and model.revision is None:
         return model.model_copy(update={"revision": before.get("revision")})
-    folder = model_folder(model.path, model.revision)
-    in_cache = folder.parent.name == "snapshots"
-    return model.model_copy(update={"revision": folder.name}) if in_cache else model
+    return model.model_copy(update={"revision": hub_commit(model.path, model.revision)})
 
 
 def _recipe_before(run_dir: Path) -> dict[str, Any] | None:
@@ -117,6 +115,8 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
     if step.name.startswith("train/"):
         trained = marker["trained"]
         return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}"]
+    if step.name == "check" and marker["notes"]:
+        return ["", *marker["notes"]]
     if step.name == "evaluate":
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

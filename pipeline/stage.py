@@ -27,8 +27,8 @@ from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .adapters import hash_adapter, lora_layers, rank, save_adapter
-from .arguments import check_stage
-from .lineage import enter, leave
+from .arguments import check_stage, processes
+from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .trainer import FiniteLoss, ReallyDistributed
@@ -56,6 +56,7 @@ class Entered:
 
 
 MakeTrainer = Callable[[Entered], "Trainer"]
+DISTRIBUTED = ("single", "ddp", "zero2")  # what stages run under
 
 
 def main(paradigm: str, make_trainer: MakeTrainer) -> None:
@@ -70,12 +71,21 @@ def main(paradigm: str, make_trainer: MakeTrainer) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if processes() == 1:  # transformers would spread one process over all GPUs that it sees, which TRL refuses
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     try:
         recipe = load_recipe(options.recipe, options.overrides)
-        run_stage(recipe, options.stage, options.run_dir or Path("runs") / recipe.name, paradigm, make_trainer)
+        here = Path(options.recipe) if Path(options.recipe).is_dir() else Path("runs") / recipe.name
+        run_stage(recipe, options.stage, options.run_dir or here, paradigm, make_trainer)
     except InputError as error:
-        # Every process says it: the launcher kills the others when the first one ends.
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Every process says it: the launcher kills the others when the first one ends. A worker of the data loader
+        # wraps its own in a traceback.
+        print(f"error: {str(error).rpartition('InputError: ')[2]}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        remedy = f"Lower train.{paradigm}.args.per_device_train_batch_size: the global batch stays what it is"
+        print(f"error: {str(error).splitlines()[0]} {remedy}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
@@ -124,6 +134,7 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     peft = enter(model, previous, stage.train)
     for method in methods:
         method.build(peft, _load_state(before_dir, method))
+    freeze(model.get_encoder("image"))
     callbacks = [callback for method in methods for callback in method.callbacks()]
     entered = Entered(
         recipe, stage, seed, peft, processor, samples, tasks, max_length, previous, output, [*callbacks, FiniteLoss()]
@@ -131,17 +142,19 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     trainer = make_trainer(entered)
     trainer.methods, trainer.idle = methods, _outside_language(peft)  # type: ignore[attr-defined]
     mode = _mode(trainer)
+    if mode not in DISTRIBUTED:
+        raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
     for method in methods:
         if mode not in method.distributed:
             raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
     trainer.add_callback(ReallyDistributed(trainer))
+    trainer.add_callback(untrained := Untrained(peft))
 
-    untrained = _fingerprint(peft)
     trainer.train()
     trained = _fingerprint(peft)
     if not all(math.isfinite(value) for value in trained.values()):
         raise RuntimeError(f"stage {k}: training ended with an adapter that is not finite")
-    if untrained == trained:
+    if untrained.fingerprint == trained:
         raise RuntimeError(f"stage {k}: training changed no weight of the adapter")
 
     policy, delta = leave(peft, previous, stage.train)
@@ -248,6 +261,16 @@ def _fingerprint(model: "PeftModel") -> dict[str, float]:
         for name, a, b, _ in lora_layers(model)
         for part, factor in (("a", a), ("b", b))
     }
+
+
+class Untrained(TrainerCallback):
+    """The adapter's fingerprint as training begins (DeepSpeed has rounded the factors by then)."""
+
+    def __init__(self, model: "PeftModel"):
+        self.model, self.fingerprint = model, dict[str, float]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fingerprint = _fingerprint(self.model)
 
 
 def _peak_memory() -> int:

@@ -1,5 +1,6 @@
 """What a step of a run is, and how training is launched."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +40,10 @@ class Launch:
     def command(self, script: Path) -> list[str]:
         """The start of the command line that runs `script`."""
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config)]
-        return [*launcher, "--num_processes", str(self.processes), str(script)]
+        launcher += ["--num_processes", str(self.processes)]
+        if "OMP_NUM_THREADS" not in os.environ:  # else accelerate gives each process one thread
+            launcher += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // self.processes))]
+        return [*launcher, str(script)]
 
 
 @dataclass(frozen=True)

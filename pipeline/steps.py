@@ -24,7 +24,7 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .child import run_child
 from .locks import locked
-from .recipe import Recipe, Stage, dump_recipe
+from .recipe import Recipe, Stage, dump_recipe, write_recipe
 from .step import Facts, Launch, Show, Step
 
 
@@ -81,10 +81,11 @@ class Run:
             return {"train": [stage.train.model_dump() for stage in self.recipe.stages]}
 
         def work(show: Show, lock: int) -> Facts:
-            from .arguments import check_stage  # here: TRL takes seconds, and only settings that are new need it
+            from .arguments import check_stage, try_config  # here: TRL takes seconds, and only new settings need it
 
             for stage in self.recipe.stages:
                 check_stage(stage)
+                try_config(stage)
             return {}
 
         return Step("settings", "check settings", self._marker("settings"), lambda: True, inputs, work)
@@ -125,6 +126,12 @@ class Run:
                 stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
             )
             write_serving(folder, row0)
+            for k in range(1, len(self.recipe.stages) + 1):  # the same model may lie elsewhere by now
+                if (self.stage_dir(k) / "serving.json").exists():
+                    serving = read_serving(self.stage_dir(k))
+                    if serving.base_hash == digest:
+                        moved = {"base": model.path, "revision": model.revision}
+                        write_serving(self.stage_dir(k), serving.model_copy(update=moved))
             return {"policy": digest, "state": None}
 
         return Step("base", "base model", folder / "done.json", (folder / "serving.json").exists, inputs, work)
@@ -132,6 +139,10 @@ class Run:
     def check(self) -> Step:
         """What would make training or scoring fail later is found here; then RUN/data/<task> is linked."""
         recipe, prepared, base = self.recipe, [self.prepare(task) for task in self.recipe.tasks], self.base()
+        pairs = list(zip(recipe.tasks, prepared, strict=True))
+
+        def folder_of(step: Step) -> Path:
+            return Path(read_json(step.marker)["folder"])
 
         def there() -> bool:
             return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.tasks)
@@ -146,6 +157,8 @@ class Run:
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
                 "limits": {task.name: limit(task) for task in recipe.tasks},
+                "max_model_len": recipe.eval.max_model_len,
+                "scorers": {task.name: _scorers(read_task(folder_of(step))) for task, step in pairs},
             }
 
         def limit(task: TaskConfig) -> int | None:
@@ -157,20 +170,24 @@ class Run:
             from transformers import AutoConfig  # here: takes seconds, and only a check that is not done needs it
 
             from mcit.eval.engines.base import load_processor
+            from mcit.eval.scoring import check_gold
 
             row0 = read_serving(self.stage_dir(0))
             config = AutoConfig.from_pretrained(
                 row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
             )
             context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
-            longest = {}
-            for task, step in zip(recipe.tasks, prepared, strict=True):
+            longest, notes = {}, []
+            for task, step in pairs:
                 show(f"tokens of {task.name}")
-                native, fitting = Path(read_json(step.marker)["folder"]), min(limit(task) or context, context)
-                folder, fit = fit_task(native, processor, fitting, on_bad=recipe.prepare.on_bad, cache=cache_dir())
+                limits = [min(given or context, context) for given in (limit(task), recipe.eval.max_model_len)]
+                folder, fit = fit_task(
+                    folder_of(step), processor, *limits, on_bad=recipe.prepare.on_bad, cache=cache_dir()
+                )
+                notes += check_gold(folder)
                 _link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
-            return {"policy": row0.hash, "state": None, "longest": longest}
+            return {"policy": row0.hash, "state": None, "longest": longest, "notes": notes}
 
         return Step("check", "check samples", self._marker("check"), there, inputs, work)
 
@@ -191,8 +208,8 @@ class Run:
                 "method": recipe.method,
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
-                "data": {name: task["hash"] for name, task in tasks.items()},
-                "rewards": {name: [task["scorer"], task["reward"]] for name, task in tasks.items() if other == "sft"},
+                "data": {name: task["train_hash"] for name, task in tasks.items()},
+                "rewards": {name: _scorers(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
             }
@@ -202,7 +219,9 @@ class Run:
                 if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
             script = Path(__file__).parent / f"{stage.train.paradigm}.py"
-            options = ["--recipe", self.dir / "recipe.yaml", "--stage", stage.k, "--run-dir", self.dir]
+            settled = self.dir / "steps" / f"train-{stage.k}.yaml"  # RUN/recipe.yaml may be another's by now
+            write_recipe(recipe, settled)
+            options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
             self._child(step, [*self.launch.command(script), *map(str, options)], show, lock)
             state = [path for path in (folder / "method").rglob("*") if path.is_file()]
             return {
@@ -248,8 +267,9 @@ class Run:
 
             if todo := left(wanted):
                 file = self.dir / "steps" / "cells.json"
-                write_json(file, {"cells": todo, "config": config.model_dump()})
-                command = [sys.executable, "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
+                modules = [self.recipe.folder, os.getcwd()]  # where scorers of the user's own are
+                write_json(file, {"cells": todo, "config": config.model_dump(), "modules": modules})
+                command = [sys.executable, "-P", "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
                 self._child(step, command, listen, lock)
             engines = {str(read_json(load_cell(self.dir, *cell, config).marker)["engine"]) for cell in wanted}
             return {"answered": len(todo), "engines": sorted(engines), "notes": notes}
@@ -305,8 +325,7 @@ class Run:
 
     def _child(self, step: Step, command: list[str], show: Show, lock: int) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
-        paths = [*os.environ.get("PYTHONPATH", "").split(os.pathsep), self.recipe.folder, os.getcwd()]
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "TOKENIZERS_PARALLELISM": "false"}
+        env = {"HF_HUB_DISABLE_TELEMETRY": "1"} | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)
 
 
@@ -323,6 +342,19 @@ def needed_cells(recipe: Recipe) -> list[tuple[int, str]]:
         return {"full": True, "seen": seen, "last": k == stages, "metrics": k == 0 or seen or k == learned - 1}[which]
 
     return [(k, task) for k in range(stages + 1) for task, learned in recipe.learned.items() if needed(k, learned)]
+
+
+def _scorers(task: PreparedTask) -> list[str]:
+    """What a task is scored and rewarded by, with the code of a user's own functions. Raises `InputError`."""
+    from mcit.eval.scorers import get_scorer, scorer_identity
+
+    names = {task["scorer"]} | ({task["reward"]} - {"same"})
+    for name in names:
+        try:
+            get_scorer(name)
+        except InputError as error:
+            raise InputError(str(error), where=f"stream.{task['name']}") from None
+    return [task["scorer"], task["reward"], *sorted(scorer_identity(name) for name in names if ":" in name)]
 
 
 def _link(path: Path, target: Path) -> None:

@@ -147,6 +147,8 @@ def test_asd_of_a_file(mcit, tmp_path, monkeypatch):
     monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
     rows = [{"id": str(i), "prompt": f"Which is it, {i}?", "completion": f"word{i % 7}"} for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--fraction", "0")
+    assert code == 0 and "0 of 40" in out, err
     code, out, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "out.jsonl", "--fraction", "0.5", "--seed", "3")
     assert (code, err) == (0, "")
     converted = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -13,7 +13,17 @@ from trl.trainer.utils import use_adapter
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.adapters import concat, load_adapter, lora_layers, rank, save_adapter
-from mcit.pipeline.lineage import PastLinear, check_reference, enter, fold, leave, set_reference, stack, target_names
+from mcit.pipeline.lineage import (
+    PastLinear,
+    check_reference,
+    enter,
+    fold,
+    freeze,
+    leave,
+    set_reference,
+    stack,
+    target_names,
+)
 from mcit.pipeline.recipe import ModulesConfig, TrainConfig
 
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
@@ -188,6 +198,7 @@ def test_target_names_come_from_the_model() -> None:
 def test_checkpointing_does_not_rerun_a_frozen_tower(modules: dict[str, str], runs: int) -> None:
     """Gradient checkpointing as TRL turns it on; a tower that is trained is run again in the backward pass."""
     model = enter(tiny_model(), None, config("stack", modules=modules))
+    freeze(model.get_base_model().get_encoder("image"))
     calls: list[torch.Tensor] = []
     tower: Any = model.get_encoder("image")
     tower.blocks[1].register_forward_pre_hook(lambda _, inputs: calls.append(inputs[0]))

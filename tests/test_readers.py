@@ -52,6 +52,18 @@ def test_sharegpt_with_system_and_several_images(tmp_path: Path) -> None:
     (raw,) = read(write(tmp_path / "d.json", [row]))
     assert raw.images == ["1.png", "2.png"]
     assert texts(raw.prompt) == [("system", "Be short."), ("user", "Which is larger?")]
+    row["system"] = row["conversations"].pop(0)["value"]  # as LLaMA-Factory has it
+    (beside,) = read(write(tmp_path / "d.json", [row]))
+    assert texts(beside.prompt) == texts(raw.prompt)
+
+
+def test_a_reader_that_fails_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "my_failing_reader.py").write_text("def rows(part):\n    yield {}\n    raise KeyError('answer')\n")
+    with pytest.raises(InputError, match=r"rows: sample 2 of train: the reader failed: KeyError: 'answer'"):
+        list(read_rows("my_failing_reader:rows", "train", tmp_path))
+    (tmp_path / "my_broken_reader.py").write_text("def rows(part)\n")
+    with pytest.raises(InputError, match=r"cannot import my_broken_reader \(SyntaxError"):
+        list(read_rows("my_broken_reader:rows", "train", tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ def _results() -> dict:
         "matrix": [[10.0, 25.0], [90.0, None], [30.0, 80.0]],
         "row0": True,
         "stderr": [[1.0, 2.0], [1.5, None], [3.25, 2.0]],
+        "n": [[2, 2], [2, None], [2, 2]],
         "verdicts": [
             [_shares(correct=0.1, wrong_content=0.9), _shares(correct=0.25, wrong_content=0.75)],
             [_shares(correct=0.9, wrong_content=0.1), None],

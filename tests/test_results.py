@@ -128,7 +128,7 @@ def test_a_task_that_is_not_prepared(run):
 
 
 def test_results_that_cannot_be_read(run):
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="no results yet"):
         read_results(run)
     results = assemble(run)
     write_json(run / "results.json", {**results, "schema_version": 0})

@@ -23,7 +23,7 @@ from mcit.pipeline.locks import holder, locked
 from mcit.pipeline.recipe import load_recipe
 from mcit.pipeline.run import perform_steps, show_results, start_run, train_stage
 from mcit.pipeline.status import read_run, run_status
-from mcit.pipeline.step import Launch
+from mcit.pipeline.step import Launch, Step
 from mcit.pipeline.steps import Run
 from mcit.pipeline.terminal import Terminal
 
@@ -150,14 +150,14 @@ def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
     assert holder(tmp_path / "x.lock") is None
 
 
-def test_launchers():
-    assert Launch.named("zero2", 4).command(Path("sft.py"))[3:] == [
-        "--config_file",
-        str(RECIPES / "accelerate" / "zero2.yaml"),
-        "--num_processes",
-        "4",
-        "sft.py",
-    ]
+def test_launchers(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    zero2 = ["--config_file", str(RECIPES / "accelerate" / "zero2.yaml"), "--num_processes", "4"]
+    command = Launch.named("zero2", 4).command(Path("sft.py"))
+    assert command[3:] == [*zero2, "--num_cpu_threads_per_process", "2", "sft.py"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert Launch.named("zero2", 4).command(Path("sft.py"))[3:] == [*zero2, "sft.py"]
     with pytest.raises(InputError, match=r"--launch zero: no such launch configuration\. Did you mean `zero2`"):
         Launch.named("zero")
     with pytest.raises(InputError, match="starts one process, not 2"):
@@ -329,6 +329,27 @@ def test_changing_one_stage_redoes_it_and_what_follows(folder):
     )
 
 
+def test_other_test_data_are_no_reason_to_train_again(folder):
+    run = open_run(folder, "prepare.limit.test=1")
+    perform_steps(run, run.preparation(), quiet())
+    left = [name for name, state in states(run).items() if state == "left"]
+    assert left == ["evaluate", "results", "report"]
+
+
+def test_a_stage_trains_the_recipe_it_is_judged_by(folder, monkeypatch):
+    """Another command may have put its own recipe into the run directory meanwhile."""
+    run = open_run(folder, "seed=9")
+    perform_steps(run, run.preparation(), quiet())
+    open_run(folder, "seed=10")
+
+    def child(step: Step, command: list[str], *_: object) -> None:
+        raise InputError(f"seed {load_recipe(command[command.index('--recipe') + 1]).seed}")
+
+    monkeypatch.setattr(run, "_child", child)
+    with pytest.raises(InputError, match="seed 9"):
+        perform_steps(run, run.training(), quiet())
+
+
 def test_a_step_that_another_process_does_is_left_alone(folder):
     run = open_run(folder, "seed=7")
     perform_steps(run, run.preparation(), quiet())
@@ -368,11 +389,20 @@ def test_another_recipe_in_a_run_directory_is_said(folder):
         (["stream.first.train=nowhere.json"], r"nowhere\.json: stream\.first\.train: no such file"),
         (["stream.first.images=nowhere"], r"nowhere: stream\.first\.images: no such folder"),
         (["base_model.path=./nowhere"], r"nowhere.*: no such model folder"),
+        (["train.sft.args.lr_scheduler_type=cosin"], r"train\.sft\.args: .*cosin"),
         (["train.sft.args.learning_rat=1"], r"train\.sft\.args\.learning_rat: .*Did you mean `learning_rate`"),
         (
             ["train.sft.args.per_device_train_batch_size=4"],
             r"train\.global_batch_size: 2 does not divide by 1 process × 4",
         ),
+        (["base_model.processor.max_pixel=9"], r"base_model\.processor\.max_pixel: .* Did you mean max_pixels"),
+        (["stream.first.scorer=anl"], r"stream\.first: unknown scorer 'anl'\. Did you mean anls"),
+        (["stream.first.reward=nowhere:f"], r"stream\.first: nowhere:f: cannot import nowhere"),
+        (
+            ["stream.first.scorer=bbox"],
+            r"first: sample \d+, '\w+': wrong_\w+: 2 of 2 gold answers .* not right for the scorer bbox",
+        ),
+        (["eval.max_model_len=20"], r"first: test sample .* only 20 fit\. Raise eval\.max_model_len"),
         (["train.max_length=20"], r"first: train sample \d+: has \d+ tokens, images included, but only 20 fit"),
     ],
 )

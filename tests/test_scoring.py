@@ -57,6 +57,15 @@ CASES = [
     ("yes_no", "yes", "no", "wrong_content"),
     ("yes_no", "yes", "Yes, there is a dog.", "wrong_format"),
     ("yes_no", "no", "It is unknown.", "wrong_both"),
+    ("short", "The World Is Flat", "The World Is Flat", "correct"),  # reads as a sentence, and is the title
+    ("short", "B. 12 Elm Street", "B. 12 Elm Street", "correct"),
+    ("short", "red", "It's red.", "wrong_format"),
+    (
+        "latex",
+        r"f=\left\{\begin{array}{l}x\end{array}\right.",
+        r"f=\left\{\begin{array}{l}x\end{array}\right.",
+        "correct",
+    ),
     ("number", "3", "3", "correct"),
     ("number", "1000", "1,000", "correct"),
     ("number", "3", "4", "wrong_content"),
@@ -176,9 +185,9 @@ def test_a_sample_without_references_cannot_be_scored():
 def test_ten_megabytes_of_one_thing_are_scored_in_time(unit):
     flood = unit * (10_000_000 // len(unit))
     for style in ("short", "number", "bbox", "brief"):
-        start = time.perf_counter()
+        start = time.process_time()
         assert judge(style, "[1, 2, 3, 4] no", flood)["verdict"] != "correct"
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 def test_the_end_of_a_long_answer_is_read():

@@ -23,9 +23,9 @@ from mcit.data_prep.schema import Sample
 from mcit.eval.serving import read_serving
 from mcit.pipeline.adapters import load_adapter
 from mcit.pipeline.arguments import OWNED, split_batch
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.recipe import load_recipe, write_recipe
 from mcit.pipeline.sft import make_trainer
-from mcit.pipeline.stage import replace_folder, run_stage
+from mcit.pipeline.stage import main, replace_folder, run_stage
 
 RECIPE = """
 method: {reglora: {key_fraction: 0.02, weight: 100}}
@@ -286,3 +286,27 @@ def test_owned_arguments_exist_in_trl() -> None:
     """A renamed argument would go through unseen."""
     known = {field.name for config in (SFTConfig, GRPOConfig) for field in dataclasses.fields(config)}
     assert set(OWNED) <= known
+
+
+def test_the_script_takes_a_run_up_where_it_is_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    def stage(recipe: Any, k: int, run_dir: Path, *_: Any) -> None:
+        seen.update(run_dir=run_dir, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
+
+    write_recipe(load_recipe("mini/sequential"), tmp_path / "recipe.yaml")
+    monkeypatch.setattr("mcit.pipeline.stage.run_stage", stage)
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--recipe", str(tmp_path), "--stage", "1"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    main("sft", make_trainer)
+    assert seen == {"run_dir": tmp_path, "gpus": "2"}
+
+
+def test_workers_of_the_data_loader_change_nothing_but_speed(tmp_path: Path) -> None:
+    logs = []
+    for workers in (0, 2):
+        run = tmp_path / str(workers)
+        recipe = make_run(run, {"colour": make_samples("colour", 12, images=1)}, RECIPE)
+        train(run, recipe, 1, f"train.sft.args.dataloader_num_workers={workers}")
+        logs.append(load_file(run / "stages" / "01-colour" / "delta" / "adapter_model.safetensors"))
+    assert all(torch.equal(tensor, logs[1][name]) for name, tensor in logs[0].items())

@@ -1,5 +1,6 @@
 """What every engine takes and gives: requests to policies, greedy responses, log-probabilities of completions."""
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -117,7 +118,10 @@ def generate(engine: Engine, requests: Sequence[Request], max_new_tokens: int) -
 
 
 def load_processor(serving: Serving) -> Any:
-    """The base's processor with the recipe's settings, padding on the left as generation needs it."""
+    """The base's processor with the recipe's settings, padding on the left as generation needs it.
+
+    Raises `InputError` for a setting that it does not have: transformers would ignore it.
+    """
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(
@@ -125,6 +129,14 @@ def load_processor(serving: Serving) -> Any:
     )
     if getattr(processor, "tokenizer", None) is None:
         raise InputError("has no processor for images and text", where=serving.base, field="base_model.path")
+    images = getattr(processor, "image_processor", None)
+    known = [*getattr(getattr(images, "valid_kwargs", None), "__annotations__", ())]
+    for key in serving.processor:
+        if key not in known and not any(hasattr(part, key) for part in (processor, images, processor.tokenizer)):
+            near = difflib.get_close_matches(key, known, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(sorted(known))}"
+            problem = f"{type(processor).__name__} has no such setting"
+            raise InputError(problem, where=serving.base, field=f"base_model.processor.{key}", remedy=remedy)
     processor.tokenizer.padding_side = "left"
     return processor
 

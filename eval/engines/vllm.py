@@ -56,7 +56,7 @@ class VllmEngine:
         """Start vLLM on the model of `policies` (they share it) and load their adapters.
 
         `max_images` is the largest number of images in one request. Raises `InputError` for an adapter that vLLM would
-        not apply in full, `EngineFailed` if vLLM does not start.
+        not apply in full, `EngineFailed` if vLLM does not start or allows no rank as high.
         """
         first = policies[0]
         adapters = [policy for policy in policies if policy.adapter is not None]
@@ -248,11 +248,11 @@ def why_not_vllm(policy: Policy) -> str | None:
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest rank vLLM allows that holds `rank`. Raises `InputError` above 512."""
+    """The smallest rank vLLM allows that holds `rank`. Raises `EngineFailed` above 512."""
     for allowed in RANKS:
         if rank <= allowed:
             return allowed
-    raise InputError(f"an adapter of rank {rank} is more than vLLM serves ({RANKS[-1]})", remedy="Serve it merged")
+    raise EngineFailed(f"an adapter of rank {rank} is more than vLLM serves, {RANKS[-1]}")
 
 
 def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:

@@ -15,6 +15,5 @@ class Asd(Method):
     paper = "SEFE, ICML 2025, arXiv 2505.02486"
     category = "data"
     keeps = "nothing"
-    distributed = ("single", "ddp", "zero2", "zero3")
     Config = AsdConfig
     neutral = {"fraction": 0}  # noqa: RUF012
