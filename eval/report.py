@@ -47,7 +47,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     `out` is the folder to write into (default: the report folder of the first run). Raises `InputError` for a run
     without `results.json`.
     """
-    results = [dict(read_results(Path(run))) for run in run_dirs]
+    results: list[dict[str, Any]] = [dict(read_results(Path(run))) for run in run_dirs]
     out = Path(out) if out else Path(run_dirs[0]) / "report"
     out.mkdir(parents=True, exist_ok=True)
     _write_matrix_image(results, out / "matrix.png")
