@@ -201,6 +201,7 @@ def folder(tmp_path_factory) -> Iterator[Path]:
     for name in ("first", "second"):
         write_data(folder / f"{name}.json", [COLOURS[i % 4] for i in range(8)])
     (folder / "two.yaml").write_text(RECIPE)
+    (folder / "my_strict_scorer.py").write_text("def never(answer, references, sample):\n    return 0\n")
     before = dict(os.environ)
     os.environ |= {"MCIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     yield folder
@@ -399,8 +400,8 @@ def test_another_recipe_in_a_run_directory_is_said(folder):
         (["stream.first.scorer=anl"], r"stream\.first: unknown scorer 'anl'\. Did you mean anls"),
         (["stream.first.reward=nowhere:f"], r"stream\.first: nowhere:f: cannot import nowhere"),
         (
-            ["stream.first.scorer=bbox"],
-            r"first: sample \d+, '\w+': wrong_\w+: 2 of 2 gold answers .* not right for the scorer bbox",
+            ["stream.first.scorer=my_strict_scorer:never"],
+            r"first: sample \d+, '\w+': wrong_\w+: 2 of 2 gold .* not right for the scorer my_strict_scorer:never",
         ),
         (["eval.max_model_len=20"], r"first: test sample .* only 20 fit\. Raise eval\.max_model_len"),
         (["train.max_length=20"], r"first: train sample \d+: has \d+ tokens, images included, but only 20 fit"),
