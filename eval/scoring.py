@@ -90,7 +90,8 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
 def check_gold(folder: Path) -> list[str]:
     """Whether a prepared task's own answers would be scored as right: notes on the first few hundred of its test part.
 
-    Raises `InputError` where more than half are not, since no policy could do better: scorer and style do not fit.
+    Raises `InputError` where more than half are not, since no policy could do better. Built-in kinds call a reference
+    to the letter right: this is about scorers of the user's own, and answers that are not among the references.
     """
     task, rows = read_task(folder), read_samples(folder, "test")[:_GOLD]
     scorer, wrong = get_scorer(task["scorer"]), []
