@@ -89,3 +89,12 @@ def hash_files(paths: Iterable[Path | str], root: Path | str) -> str:
         with open(path, "rb") as file:
             entries.append([os.path.relpath(path, root), hashlib.file_digest(file, "sha256").hexdigest()])
     return hash_json(sorted(entries))
+
+
+def replace_link(path: Path, target: Path) -> None:
+    """Make `path` a symbolic link to `target`, in one move."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, path)

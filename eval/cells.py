@@ -1,7 +1,7 @@
 """A cell of the matrix on disk: what it depends on, the answers kept so far, and its scores, complete or absent."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -182,3 +182,17 @@ def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _cached(cache: Path, cell: Cell) -> Path:
     return cache / "predictions" / f"{cell.answers_key}.jsonl"
+
+
+def needed_cells(which: str, stages: int, learned: Mapping[str, int]) -> list[tuple[int, str]]:
+    """The cells (stage, task) that `eval.cells` asks for; stage 0 is the base, `learned` the stage of each task.
+
+    `full`: all. `seen`: what has been learned by each stage. `last`: the last row. `metrics`: row 0, what has been
+    learned, and each task just before the stage that learns it, which is all that the metrics read.
+    """
+
+    def needed(k: int, first: int) -> bool:
+        seen = 0 < first <= k
+        return {"full": True, "seen": seen, "last": k == stages, "metrics": k == 0 or seen or k == first - 1}[which]
+
+    return [(k, task) for k in range(stages + 1) for task, first in learned.items() if needed(k, first)]

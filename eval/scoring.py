@@ -11,10 +11,10 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
 from mcit.data_prep.prepare import read_samples, read_task
 from mcit.data_prep.readers import iter_jsonl
-from mcit.data_prep.schema import Reasoning, Sample, Style
+from mcit.data_prep.schema import PreparedTask, Reasoning, Sample, Style
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
 
-from .scorers import Scorer, get_scorer
+from .scorers import Scorer, get_scorer, scorer_identity
 from .stats import clustered_stderr, mean
 
 Verdict = Literal["correct", "wrong_content", "wrong_format", "wrong_both"]
@@ -85,6 +85,17 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
         "verdict": VERDICTS[format_ok, content_ok],
         "think": think,
     }
+
+
+def scorers_of(task: PreparedTask) -> list[str]:
+    """What a task is scored and rewarded by, with the code of a user's own functions. Raises `InputError`."""
+    names = {task["scorer"]} | ({task["reward"]} - {"same"})
+    for name in names:
+        try:
+            get_scorer(name)
+        except InputError as error:
+            raise InputError(str(error), where=f"stream.{task['name']}") from None
+    return [task["scorer"], task["reward"], *sorted(scorer_identity(name) for name in names if ":" in name)]
 
 
 def check_gold(folder: Path) -> list[str]:

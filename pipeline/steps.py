@@ -13,13 +13,14 @@ from pathlib import Path
 
 from mcit.data_prep.checks import fit_task
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import hash_files, hash_json, read_json, write_json
+from mcit.data_prep.files import hash_files, hash_json, read_json, replace_link, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
 from mcit.data_prep.schema import PreparedTask, TaskConfig
-from mcit.eval.cells import load_cell
+from mcit.eval.cells import load_cell, needed_cells
 from mcit.eval.engines import FALLBACK
 from mcit.eval.hashing import cache_dir, hash_model
 from mcit.eval.results import assemble_results, write_results
+from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .child import run_child
@@ -158,7 +159,7 @@ class Run:
                 "on_bad": recipe.prepare.on_bad,
                 "limits": {task.name: limit(task) for task in recipe.tasks},
                 "max_model_len": recipe.eval.max_model_len,
-                "scorers": {task.name: _scorers(read_task(folder_of(step))) for task, step in pairs},
+                "scorers": {task.name: scorers_of(read_task(folder_of(step))) for task, step in pairs},
             }
 
         def limit(task: TaskConfig) -> int | None:
@@ -170,7 +171,6 @@ class Run:
             from transformers import AutoConfig  # here: takes seconds, and only a check that is not done needs it
 
             from mcit.eval.engines.base import load_processor
-            from mcit.eval.scoring import check_gold
 
             row0 = read_serving(self.stage_dir(0))
             config = AutoConfig.from_pretrained(
@@ -185,7 +185,7 @@ class Run:
                     folder_of(step), processor, *limits, on_bad=recipe.prepare.on_bad, cache=cache_dir()
                 )
                 notes += check_gold(folder)
-                _link(self.dir / "data" / task.name, folder)
+                replace_link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
             return {"policy": row0.hash, "state": None, "longest": longest, "notes": notes}
 
@@ -209,7 +209,7 @@ class Run:
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
                 "data": {name: task["train_hash"] for name, task in tasks.items()},
-                "rewards": {name: _scorers(task) for name, task in tasks.items() if other == "sft"},
+                "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
             }
@@ -240,7 +240,7 @@ class Run:
 
         def cells() -> list[tuple[int, str]] | None:
             done = [k for k, step in enumerate([self.check(), *training]) if step.done()]
-            wanted = needed_cells(self.recipe)
+            wanted = needed_cells(config.cells, len(training), self.recipe.learned)
             return [cell for cell in wanted if cell[0] in done] if partly or len(done) > len(training) else None
 
         def left(wanted: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -327,40 +327,3 @@ class Run:
         """Run a child process of a step, with its log in RUN/logs/."""
         env = {"HF_HUB_DISABLE_TELEMETRY": "1"} | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)
-
-
-def needed_cells(recipe: Recipe) -> list[tuple[int, str]]:
-    """The cells (stage, task) that `eval.cells` asks for; stage 0 is the base.
-
-    `full`: all. `seen`: what has been learned by each stage. `last`: the last row. `metrics`: row 0, what has been
-    learned, and each task just before the stage that learns it, which is all that the metrics read.
-    """
-    stages, which = len(recipe.stages), recipe.eval.cells
-
-    def needed(k: int, learned: int) -> bool:
-        seen = 0 < learned <= k
-        return {"full": True, "seen": seen, "last": k == stages, "metrics": k == 0 or seen or k == learned - 1}[which]
-
-    return [(k, task) for k in range(stages + 1) for task, learned in recipe.learned.items() if needed(k, learned)]
-
-
-def _scorers(task: PreparedTask) -> list[str]:
-    """What a task is scored and rewarded by, with the code of a user's own functions. Raises `InputError`."""
-    from mcit.eval.scorers import get_scorer, scorer_identity
-
-    names = {task["scorer"]} | ({task["reward"]} - {"same"})
-    for name in names:
-        try:
-            get_scorer(name)
-        except InputError as error:
-            raise InputError(str(error), where=f"stream.{task['name']}") from None
-    return [task["scorer"], task["reward"], *sorted(scorer_identity(name) for name in names if ":" in name)]
-
-
-def _link(path: Path, target: Path) -> None:
-    """Make `path` a link to `target`, in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, path)

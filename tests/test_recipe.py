@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.cells import needed_cells
 from mcit.eval.metrics import continual_metrics
 from mcit.pipeline.layers import RECIPES, parse_yaml, to_yaml
 from mcit.pipeline.recipe import Recipe, dump_recipe, load_recipe, write_recipe
-from mcit.pipeline.steps import needed_cells
 
 SMALL = """
 name: small
@@ -308,7 +308,7 @@ def test_the_cells_for_the_metrics_are_enough_for_all_of_them(seed):
         entries.append(rng.choice(names))
     recipe = stream(*entries)
     matrix = [[rng.uniform(0, 100) for _ in names] for _ in range(len(entries) + 1)]
-    cells = needed_cells(recipe)
+    cells = needed_cells("metrics", len(entries), recipe.learned)
     needed = [
         [matrix[k][i] if (k, name) in cells else None for i, name in enumerate(names)] for k in range(len(matrix))
     ]
@@ -316,13 +316,14 @@ def test_the_cells_for_the_metrics_are_enough_for_all_of_them(seed):
     assert continual_metrics(needed, learned, row0=True) == continual_metrics(matrix, learned, row0=True)
 
 
-def test_cells_of_the_other_choices():
-    recipe = stream("{name: a, train: x}", "{name: b, train: x}")
-    recipe.eval.cells = "full"
-    assert needed_cells(recipe) == [(k, task) for k in range(3) for task in "ab"]
-    recipe.eval.cells = "seen"
-    assert needed_cells(recipe) == [(1, "a"), (2, "a"), (2, "b")]
-    recipe.eval.cells = "last"
-    assert needed_cells(recipe) == [(2, "a"), (2, "b")]
-    recipe.eval.cells = "metrics"
-    assert needed_cells(recipe) == [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]
+@pytest.mark.parametrize(
+    ("which", "expected"),
+    [
+        ("full", [(k, task) for k in range(3) for task in "ab"]),
+        ("seen", [(1, "a"), (2, "a"), (2, "b")]),
+        ("last", [(2, "a"), (2, "b")]),
+        ("metrics", [(0, "a"), (0, "b"), (1, "a"), (1, "b"), (2, "a"), (2, "b")]),
+    ],
+)
+def test_cells_of_the_choices(which, expected):
+    assert needed_cells(which, 2, {"a": 1, "b": 2}) == expected
