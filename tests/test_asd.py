@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 
 from mcit.data_prep.answers import extract, normalise
+from mcit.data_prep.asd import conversion
 from mcit.data_prep.asd.distractors import Pool, answer_kind, iou, same_answer
-from mcit.data_prep.asd.rules import convert
-from mcit.data_prep.schema import Sample, Style
+from mcit.data_prep.asd.report import make_report
+from mcit.data_prep.asd.rules import Rules
+from mcit.data_prep.schema import AsdConfig, Sample, Style
 from mcit.data_prep.styles import FORMAT, THINK, build_prompt, fits, parse, split_prompt, split_reasoning
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+def convert(
+    samples: list[Sample], fraction: float, seed: int, known_formats: list[str] | None = None
+) -> tuple[list[Sample], dict[str, Any]]:
+    done = conversion.convert(samples, fraction, seed, Rules, known_formats=known_formats or [])
+    return done.after, make_report(done, AsdConfig(fraction=fraction), seed)
 
 
 def sample(number: int, question: str, answer: str, style: Style, **fields: Any) -> Sample:
@@ -310,7 +319,7 @@ def test_what_rules_cannot_convert_is_reported() -> None:
     same = [sample(i, f"What is {i}?", "cat", "short") for i in range(10)]
     report = convert(same, 0.5, seed=0)[1]
     assert report["converted"] == 5 and report["styles"]["brief"]["converted"] == 5  # the total stays
-    assert "no wrong answer of the same kind in the task" in report["styles"]["mcq"]["skipped"]
+    assert "no wrong answer of the same kind in the task" in report["styles"]["mcq"]["fell_back"]
 
 
 def test_options_about_options_are_not_asked_alone() -> None:
@@ -325,7 +334,7 @@ def test_options_about_options_are_not_asked_alone() -> None:
 def test_report_holds_examples_before_and_after() -> None:
     samples = short_task(60)
     report = convert(samples, 0.5, seed=0)[1]
-    assert {style: len(rows) for style, rows in report["examples"].items()} == {"yes_no": 3, "mcq": 3, "brief": 3}
+    assert {style: len(rows) for style, rows in report["examples"].items()} == {"yes_no": 10, "mcq": 10, "brief": 10}
     example = report["examples"]["brief"][0]
     native = next(s for s in samples if s["id"] == example["id"])
     assert example["before"] == {"prompt": native["prompt"], "completion": native["completion"]}
