@@ -50,14 +50,15 @@ def accept_wrong(texts: list[str], turn: Turn) -> list[str]:
     """Wrong answers, written like the right one, that differ from every right answer and from each other."""
     right, chosen = turn.references[0], list[str]()
     for text in texts:
-        option = _written_like(right, text.strip("\"'“”").strip())
-        if not normalise(option):
+        said = text.strip("\"'“”").strip()
+        option = _written_like(right, said)
+        if not re.search(r"\w", said):
             raise Unreachable("the reply is empty")
         if any(same_answer(option, reference) for reference in turn.references):
             raise Unreachable("a wrong answer means the same as the right one")
         if any(same_answer(option, other) for other in chosen):
             raise Unreachable("two wrong answers mean the same")
-        if not _same_form(option, turn):
+        if not _same_form(said, turn):
             raise Unreachable("a wrong answer has another form than the right one")
         chosen.append(option)
     return chosen

@@ -31,8 +31,8 @@ _SAME_AS: dict[Style, Style] = {  # which of the five a native style already is
 class Converter(Protocol):
     """What supplies wrong answers and explanations.
 
-    A style may be asked for in `rounds` rounds (`None`: until nothing is left to try), and in no more after one that
-    brought nothing: a model that cannot do a style is not paid to fail on the whole task.
+    A style may be asked for in `rounds` rounds (`None`: until nothing is left to try), and in one alone if that brought
+    nothing: a model that cannot do a style is not paid to fail on the whole task.
     """
 
     @property
@@ -153,9 +153,16 @@ class _Work:
             self._convert(batch)
 
     def _pick(self) -> list[tuple[int, Style]]:
-        """The samples to try next, each in one style: as many as are missing, spread as evenly as can be."""
+        """The samples to try next, each in one style: as many as are missing, spread as evenly as can be.
+
+        A sample that failed in another style comes last: what makes it difficult may be the sample.
+        """
+        failures = Counter(index for indices in self.failed.values() for index in indices)
         left = {
-            style: [index for index in able if index not in self.converted and index not in self.failed[style]]
+            style: sorted(
+                (index for index in able if index not in self.converted and index not in self.failed[style]),
+                key=lambda index: failures[index],
+            )
             for style, able in self.able.items()
             if style not in self.closed
         }
@@ -178,20 +185,18 @@ class _Work:
         """Put each sample of the batch into its style, or note why it stays native."""
         jobs = {entry: self._jobs(*entry) for entry in batch}
         supplies = iter(self.converter.supply([job for of_sample in jobs.values() for job in of_sample]))
-        succeeded: set[Style] = set()
         for (index, style), of_sample in jobs.items():
             supplied = [(job, next(supplies)) for job in of_sample]
             try:
                 self.converted[index] = self._rewrite(index, style, supplied)
                 self.counts[style] += 1
-                succeeded.add(style)
             except Unreachable as why:
                 self.failed[style].add(index)
                 self.fell_back[style][str(why)] += 1
         for style in {style for _, style in batch}:
             self.rounds[style] += 1
             limit = self.converter.rounds
-            if limit is not None and (style not in succeeded or self.rounds[style] == limit):
+            if limit is not None and (not self.counts[style] or self.rounds[style] == limit):
                 self.closed.add(style)
 
     def _jobs(self, index: int, style: Style) -> list[Job]:

@@ -22,7 +22,7 @@ _BY_RULE = ("yes_no", "number", "bbox")  # kinds of answers whose wrong ones rul
 class Llm:
     """Converts with a model behind an endpoint. `pictures` are the images by the names that samples give them."""
 
-    rounds = 4  # a model that gets half of a style wrong leaves a sixteenth of its part to the other styles
+    rounds = 6  # a model that gets half of a style wrong still comes within a sixty-fourth of its part
 
     def __init__(self, dialogues: Sequence[Sequence[Turn]], *, endpoint: Endpoint, pictures: Mapping[str, Picture]):
         self._rules, self._endpoint, self._pictures = Rules(dialogues), endpoint, pictures

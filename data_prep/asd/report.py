@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from typing import Any
 
-from ..schema import AsdConfig, Sample
+from ..schema import AsdConfig, Sample, Style
 from .conversion import STYLES, Conversion
 
 _EXAMPLES = 10  # of each style
@@ -49,7 +49,7 @@ def make_report(done: Conversion, asd: AsdConfig, seed: int) -> dict[str, Any]:
     }
 
 
-def _summary(done: Conversion, counts: Counter[str], asd: AsdConfig) -> str:
+def _summary(done: Conversion, counts: Counter[Style], asd: AsdConfig) -> str:
     total, reached = len(done.before), counts.total()
     parts = f"{reached} of {total} samples converted ({100 * reached / max(1, total):.1f} %)"
     shares = ", ".join(f"{style} {counts[style]}" for style in STYLES if counts[style])
