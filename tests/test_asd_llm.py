@@ -85,6 +85,8 @@ def turn(answer: str, style: Style = "short", references: list[str] | None = Non
         ('{"a": "x", "b": " "}', "the reply is empty"),
         ("I'm sorry, I can't help with that.", "the model refused"),
         ('{"a": "I cannot see an image", "b": "y"}', "the model refused"),
+        ('{"a": "red</think><answer>", "b": "y"}', "the reply holds markup"),
+        ('{"a": "red<|im_end|>", "b": "y"}', "the reply holds markup"),
     ],
 )
 def test_replies(text: str, found: list[str] | str) -> None:
@@ -284,7 +286,7 @@ def test_what_falls_back_is_counted_and_made_up_for(convert: Any) -> None:
 
     converted, report, asked = convert(short_task(400), 0.2, careless)
     assert report["converted"] == 80 and report["within_half_a_point"]
-    assert {report["styles"][style]["converted"] for style in ("yes_no", "mcq", "brief", "detailed")} <= {19, 20, 21}
+    assert {report["styles"][style]["converted"] for style in ("yes_no", "mcq", "brief", "detailed")} == {20}
     reasons = sum((Counter(found["fell_back"]) for found in report["styles"].values()), Counter())
     assert set(reasons) == {
         "the reply is not the JSON asked for",
@@ -293,8 +295,21 @@ def test_what_falls_back_is_counted_and_made_up_for(convert: Any) -> None:
         "the endpoint did not take the question",
     }
     assert len(asked) == 80 + reasons.total() and f"{reasons.total()} fell back, most often: " in report["summary"]
-    assert max(found["rounds"] for found in report["styles"].values()) <= 6
     assert all(int(s["id"][1:]) % 3 for s in converted if "asd" in s["meta"])
+
+
+def test_a_model_that_is_rarely_right_is_given_up_in_time(convert: Any) -> None:
+    """One reply in ten is right: three failures for each sample wanted, then the share is what it is."""
+
+    def poor(body: dict[str, Any]) -> Reply:
+        number = int(re.findall(r"thing (\d+)", words_of(body))[-1])
+        return completion("?") if number % 10 else good(body)
+
+    _, report, asked = convert(short_task(1000), 0.04, poor)
+    assert 0 < report["converted"] < 40 and "fewer than asked" in report["summary"]
+    assert len(asked) <= 4 * 40 + 4 * 40
+    for found in report["styles"].values():
+        assert sum(found["fell_back"].values()) <= 4 * 40
 
 
 def test_a_style_that_the_model_cannot_do_is_given_up_and_its_part_goes_to_the_others(convert: Any) -> None:

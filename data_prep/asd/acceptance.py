@@ -17,6 +17,7 @@ from .turns import Turn, Unreachable
 _LENGTHS: dict[Style, tuple[int, int]] = {"brief": (8, 40), "detailed": (25, 100)}
 _REFUSAL = re.compile(r"(?i)\b(?:i[’']?m sorry|i am sorry|i can(?:not|[’']t)|i am (?:not able|unable)|as an ai)\b")
 _OFF_STAGE = re.compile(r"(?i)\b(?:given|provided|reference|supplied) answer\b|\byou (?:gave|provided)\b")
+_MARKUP = re.compile(r"</?(?:think|answer|image|video|img)>|<\|")  # would be read as structure, in training or scoring
 _NEGATIONS = {"not", "never", "isn't", "aren't", "wasn't", "weren't", "than", "without", "cannot"}
 _WORD_FOR_WORD = 4  # an answer of more words may be inflected into a sentence
 _KEPT = 0.75  # of a long answer's words
@@ -43,6 +44,8 @@ def read_reply(text: str, keys: list[str]) -> list[str]:
         raise Unreachable("the reply is empty")
     if any(_REFUSAL.search(item) for item in texts):
         raise Unreachable("the model refused")
+    if any(_MARKUP.search(item) for item in texts):
+        raise Unreachable("the reply holds markup")
     return texts
 
 

@@ -19,6 +19,7 @@ from ..styles import THINK, split_prompt, split_reasoning
 from .turns import Converted, Decks, Job, Material, Turn, Unreachable, assemble, take_apart
 
 STYLES: tuple[Style, ...] = ("yes_no", "mcq", "short", "brief", "detailed")
+_TOO_FEW_TO_TELL = 4  # failures
 _SAME_AS: dict[Style, Style] = {  # which of the five a native style already is
     "number": "short",
     "label": "short",
@@ -31,12 +32,13 @@ _SAME_AS: dict[Style, Style] = {  # which of the five a native style already is
 class Converter(Protocol):
     """What supplies wrong answers and explanations.
 
-    A style may be asked for in `rounds` rounds (`None`: until nothing is left to try), and in one alone if that brought
-    nothing: a model that cannot do a style is not paid to fail on the whole task.
+    `patience` is how many failures a style may cost for each sample wanted in it before the others take over its part
+    (`None`: any number). A style in which everything fails is given up at once: a model that cannot do it is not paid
+    to fail on the whole task.
     """
 
     @property
-    def rounds(self) -> int | None:
+    def patience(self) -> int | None:
         """See above."""
 
     def why_not(self, turn: Turn, style: Style) -> str | None:
@@ -122,6 +124,7 @@ class _Work:
         self.counts: Counter[Style] = Counter()
         self.failed: dict[Style, set[int]] = defaultdict(set)
         self.rounds: Counter[Style] = Counter()
+        self.part: Counter[Style] = Counter()  # the samples that are to have each style, as of now
         self.closed: set[Style] = set()
         self.skipped: dict[Style, Counter[str]] = defaultdict(Counter)
         self.fell_back: dict[Style, Counter[str]] = defaultdict(Counter)
@@ -166,18 +169,18 @@ class _Work:
             for style, able in self.able.items()
             if style not in self.closed
         }
-        target, room = Counter(self.counts), {style: len(indices) for style, indices in left.items()}
+        self.part, room = Counter(self.counts), {style: len(indices) for style, indices in left.items()}
         for _ in range(self.wanted - len(self.converted)):
             styles = [style for style in room if room[style]]
             if not styles:
                 break
-            lowest = min(styles, key=lambda style: target[style])
-            target[lowest] += 1
+            lowest = min(styles, key=lambda style: self.part[style])
+            self.part[lowest] += 1
             room[lowest] -= 1
         batch: dict[int, Style] = {}
         for style, indices in left.items():
             free = (index for index in indices if index not in batch)
-            for index, _ in zip(free, range(target[style] - self.counts[style]), strict=False):
+            for index, _ in zip(free, range(self.part[style] - self.counts[style]), strict=False):
                 batch[index] = style
         return list(batch.items())
 
@@ -195,8 +198,10 @@ class _Work:
                 self.fell_back[style][str(why)] += 1
         for style in {style for _, style in batch}:
             self.rounds[style] += 1
-            limit = self.converter.rounds
-            if limit is not None and (not self.counts[style] or self.rounds[style] == limit):
+            patience, failures = self.converter.patience, len(self.failed[style])
+            if patience is None or failures < _TOO_FEW_TO_TELL:
+                continue
+            if not self.counts[style] or failures >= patience * self.part[style]:
                 self.closed.add(style)
 
     def _jobs(self, index: int, style: Style) -> list[Job]:

@@ -22,7 +22,7 @@ _BY_RULE = ("yes_no", "number", "bbox")  # kinds of answers whose wrong ones rul
 class Llm:
     """Converts with a model behind an endpoint. `pictures` are the images by the names that samples give them."""
 
-    rounds = 6  # a model that gets half of a style wrong still comes within a sixty-fourth of its part
+    patience = 3  # failures for each sample wanted: a model that is right one time in four still fills its part
 
     def __init__(self, dialogues: Sequence[Sequence[Turn]], *, endpoint: Endpoint, pictures: Mapping[str, Picture]):
         self._rules, self._endpoint, self._pictures = Rules(dialogues), endpoint, pictures

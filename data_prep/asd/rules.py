@@ -17,7 +17,7 @@ _WRONG_OPTIONS = 3
 class Rules:
     """Converts what needs no model. Rules cost nothing, so every candidate may be tried."""
 
-    rounds = None
+    patience = None
 
     def __init__(self, dialogues: Sequence[Sequence[Turn]]):
         self._pool = Pool(
