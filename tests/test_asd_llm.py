@@ -294,6 +294,7 @@ def test_what_falls_back_is_counted_and_made_up_for(convert: Any) -> None:
         "the explanation is too short",
         "the endpoint did not take the question",
     }
+    assert report["usage"]["first_not_taken"] == "400: too long"
     assert len(asked) == 80 + reasons.total() and f"{reasons.total()} fell back, most often: " in report["summary"]
     assert all(int(s["id"][1:]) % 3 for s in converted if "asd" in s["meta"])
 
@@ -329,6 +330,7 @@ def test_a_style_that_the_model_cannot_do_is_given_up_and_its_part_goes_to_the_o
     assert converted == short_task(100) and len(asked) == 20
     assert report["summary"].startswith("0 of 100") and report["summary"].endswith("20 fewer than asked")
     assert not report["within_half_a_point"]
+    assert report["why_not"][:2] == [f"{style}: the reply is not the JSON asked for (5)" for style in ("yes_no", "mcq")]
 
 
 def test_the_result_depends_neither_on_who_answers_first_nor_on_the_order(convert: Any) -> None:

@@ -50,7 +50,7 @@ class Converter(Protocol):
     def provenance(self) -> dict[str, Any]:
         """What the report and every converted sample say of the converter."""
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """What it cost, for the report."""
 
 
@@ -68,7 +68,7 @@ class Conversion(NamedTuple):
     turns: dict[str, int]
     format_sentences: list[str]
     provenance: dict[str, Any]
-    usage: dict[str, int]
+    usage: dict[str, Any]
 
 
 def convert(

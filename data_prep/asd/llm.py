@@ -27,6 +27,7 @@ class Llm:
     def __init__(self, dialogues: Sequence[Sequence[Turn]], *, endpoint: Endpoint, pictures: Mapping[str, Picture]):
         self._rules, self._endpoint, self._pictures = Rules(dialogues), endpoint, pictures
         self._usage: Counter[str] = Counter()
+        self._not_taken = ""
 
     def why_not(self, turn: Turn, style: Style) -> str | None:
         """Why a turn cannot be put into a style, as far as that is known without asking."""
@@ -62,9 +63,9 @@ class Llm:
         """What the report and every converted sample say of the converter."""
         return {"converter": "llm", "model": self._endpoint.config.model, "prompts": VERSION}
 
-    def usage(self) -> dict[str, int]:
-        """Questions and tokens, whether the answers came from the endpoint now or from the cache."""
-        return dict(self._usage)
+    def usage(self) -> dict[str, Any]:
+        """Questions and tokens, whether answered now or from the cache, and the endpoint's first objection."""
+        return {**self._usage, **({"first_not_taken": self._not_taken} if self._not_taken else {})}
 
     def _read(self, job: Job, prompt: Prompt, answer: Answer) -> Material | Unreachable:
         self._usage["questions"] += 1
@@ -72,6 +73,7 @@ class Llm:
         self._usage["completion_tokens"] += answer["completion_tokens"]
         try:
             if answer["refused"]:
+                self._not_taken = self._not_taken or answer["refused"]
                 raise Unreachable("the endpoint did not take the question")
             if answer["finish_reason"] in ("refusal", "content_filter"):
                 raise Unreachable("the model refused")

@@ -29,11 +29,12 @@ def make_report(done: Conversion, asd: AsdConfig, seed: int) -> dict[str, Any]:
     reached_share = reached / max(1, total)
     return {
         "summary": _summary(done, counts, asd),
-        "fraction": asd.fraction,
+        **asd.identity(),
+        **done.provenance,
+        "seed": seed,
         "reached": round(reached_share, 6),
         "within_half_a_point": abs(reached_share - asd.fraction) <= _CLOSE_ENOUGH,
-        "seed": seed,
-        **done.provenance,
+        "why_not": _why_not(done, reached) if abs(reached_share - asd.fraction) > _CLOSE_ENOUGH else [],
         "samples": total,
         "wanted": done.wanted,
         "converted": reached,
@@ -65,6 +66,17 @@ def _summary(done: Conversion, counts: Counter[Style], asd: AsdConfig) -> str:
     return parts
 
 
+def _why_not(done: Conversion, reached: int) -> list[str]:
+    """Why the share is another than the one asked for, the most frequent reason first."""
+    if reached == done.wanted:
+        return [f"one sample more or less is {100 / max(1, len(done.before)):.1f} points of the share"]
+    reasons = Counter[str]()
+    for found in (done.fell_back, done.skipped):
+        for style, counts in found.items():
+            reasons.update({f"{style}: {reason}": count for reason, count in counts.items()})
+    return [f"{reason} ({count})" for reason, count in reasons.most_common()]
+
+
 def _examples(done: Conversion) -> dict[str, list[dict[str, Any]]]:
     examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for index in done.order:
@@ -74,7 +86,9 @@ def _examples(done: Conversion) -> dict[str, list[dict[str, Any]]]:
                 name: {"prompt": sample["prompt"], "completion": sample["completion"]}
                 for name, sample in (("before", before), ("after", after))
             }
-            examples[after["style"]].append({"id": after["id"], "how": after["meta"]["asd"]["how"], **texts})
+            examples[after["style"]].append(
+                {"id": after["id"], "images": after["images"], "how": after["meta"]["asd"]["how"], **texts}
+            )
     return dict(examples)
 
 

@@ -51,7 +51,7 @@ class Rules:
         """What the report and every converted sample say of the converter."""
         return {"converter": "rules"}
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         """What it cost: nothing."""
         return {}
 
