@@ -344,7 +344,7 @@ def test_options_about_options_are_not_asked_alone() -> None:
 
 
 def test_options_that_are_sentences_can_be_asked_about() -> None:
-    options = ["It needs more light.", "It has had too much water."]
+    options = ["It is short of light.", "It has had too much water."]
     samples = [sample(i, f"Why is plant {i} pale?", "AB"[i % 2], "mcq", meta={"options": options}) for i in range(40)]
     converted, report = convert(samples, 0.5, seed=0)
     assert report["converted"] == 20 == report["styles"]["yes_no"]["converted"]
