@@ -313,6 +313,8 @@ def asd(
 ) -> None:
     """Convert part of a data file's answers into other styles (answer-style diversification, SEFE).
 
+    Rules need nothing; `--converter llm` asks a model that sees the images, behind `--endpoint`, and keeps its answers.
+
     Example: `mcit asd train.json train-asd.jsonl --fraction 0.2 --seed 0 --converter rules`
     """
     from .convert import asd_settings, convert_file

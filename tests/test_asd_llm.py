@@ -407,8 +407,14 @@ def test_a_recipe_says_who_converts(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"method.asd.*{problem}") as caught:
             load_recipe(recipe)
         assert "secret" not in str(caught.value)
-    with pytest.raises(InputError, match="mcit asd: --fraction: Input should be less than or equal to 1"):
-        asd_settings(fraction=2)
+    for option, value, problem in (
+        ("fraction", 2, "--fraction: Input should be less than or equal to 1"),
+        ("timeout", 0, "--timeout: Input should be greater than 0"),
+        ("request", [1], "--request: Input should be a valid dictionary"),
+        ("model", "m", "the converter rules takes no `model`"),
+    ):
+        with pytest.raises(InputError, match=f"^mcit asd: {problem}"):
+            asd_settings(**{option: value})
 
 
 def run_asd(folder: Path, out: str, address: str, **environment: str) -> subprocess.Popen[str]:
