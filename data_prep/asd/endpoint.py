@@ -104,6 +104,7 @@ class _Asking:
 
     def __init__(self, endpoint: Endpoint, unknown: dict[str, Question]):
         self.endpoint, self.config, self.unknown = endpoint, endpoint.config, unknown
+        self.key = os.environ.get(self.config.api_key_env, "")
         self.refused: dict[str, Answer] = {}
         self.answered = 0  # with an answer that is kept
         self.failures_in_a_row = 0
@@ -119,7 +120,7 @@ class _Asking:
 
         async with openai.AsyncOpenAI(
             base_url=self.config.endpoint,
-            api_key=os.environ.get(self.config.api_key_env) or "none",  # a server of one's own wants none
+            api_key=self.key or "none",  # a server of one's own wants none
             timeout=self.config.timeout,
             max_retries=self.config.retries,
         ) as client:
@@ -209,11 +210,11 @@ class _Asking:
         except openai.NotFoundError as error:
             served = f"Served: {', '.join(self.served[:5])}. " if self.served else ""
             remedy = f"{served}Check the model's name and that the address ends in /v1"
-            raise self._error(f"has no model {self.config.model} ({_said(error)})", remedy) from None
+            raise self._error(f"has no model {self.config.model} ({self._said(error)})", remedy) from None
         except (openai.RateLimitError, openai.InternalServerError, openai.APITimeoutError) as error:
-            raise _Passing(_said(error)) from None
+            raise _Passing(self._said(error)) from None
         except openai.APIStatusError as error:  # 400, 413, 422: about this question, as far as one can tell
-            return Answer(content="", finish_reason="", refused=_said(error), prompt_tokens=0, completion_tokens=0)
+            return Answer(content="", finish_reason="", refused=self._said(error), prompt_tokens=0, completion_tokens=0)
         except openai.APIConnectionError as error:
             raise _Passing(f"cannot be reached: {error.__cause__ or error}") from None
         except (openai.APIResponseValidationError, ValueError):  # JSON that is none
@@ -226,9 +227,18 @@ class _Asking:
         self.endpoint.show(f"{self.answered} of {total} answers, {speed:.1f} a second, {left:.0f} s left")
 
     def _locked_out(self, error: Exception) -> InputError:
-        name = self.config.api_key_env
-        state = "is not accepted" if os.environ.get(name) else "is not set"
-        return self._error(_said(error), f"The environment variable {name} {state}: put the API key there")
+        state = "is not accepted" if self.key else "is not set"
+        remedy = f"The environment variable {self.config.api_key_env} {state}: put the API key there"
+        return self._error(self._said(error), remedy)
+
+    def _said(self, error: Exception) -> str:
+        """What an endpoint says went wrong, in a few words; some repeat the key."""
+        body = getattr(error, "body", None)
+        message = body.get("message") if isinstance(body, dict) else None
+        text = " ".join(str(message or error).split())
+        text = (text.replace(self.key, "…") if self.key else text)[:200]
+        status = getattr(error, "status_code", None)
+        return f"{status}: {text}" if status and not text.startswith("Error code") else text
 
     def _error(self, problem: str, remedy: str) -> InputError:
         return InputError(problem.rstrip("."), where=self.config.endpoint, remedy=remedy)
@@ -248,15 +258,6 @@ def _read(reply: Any) -> Answer:
         )
     except (AttributeError, LookupError, TypeError, ValueError):
         raise _Passing(_GARBAGE) from None
-
-
-def _said(error: Exception) -> str:
-    """What an endpoint says went wrong, in a few words."""
-    body = getattr(error, "body", None)
-    message = body.get("message") if isinstance(body, dict) else None
-    status = getattr(error, "status_code", None)
-    text = " ".join(str(message or error).split())[:200]
-    return f"{status}: {text}" if status and not text.startswith("Error code") else text
 
 
 def _data_url(picture: Picture) -> str:
