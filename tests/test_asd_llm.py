@@ -389,6 +389,16 @@ def test_a_task_of_a_recipe(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "data").glob(".building*"))
 
 
+def test_validation_finds_a_wrong_form_and_a_wrong_answer() -> None:
+    right = sample(0, "What is it?", "cat", "short")
+    wrong: Sample = {**sample(1, "What is it?", "cat", "short"), "references": ["dog"]}
+    other: Sample = {**sample(2, "Is it?", "Perhaps", "yes_no"), "references": ["Yes"]}
+    assert validate([right, wrong, other]) == {
+        "checked": 3,
+        "failed": {"s1": "wrong_content, 0.0", "s2": "wrong_both, 0.0"},
+    }
+
+
 def test_a_recipe_says_who_converts(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     text = "name: x\nbase_model: {path: .}\nstream: [{name: a, train: a.json}]\nmethod: {sefe: {asd: %s}}\n"
