@@ -327,5 +327,7 @@ class Run:
 
     def _child(self, step: Step, command: list[str], show: Show, lock: int) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
-        env = {"HF_HUB_DISABLE_TELEMETRY": "1"} | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+        # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
+        usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)
