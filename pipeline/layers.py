@@ -14,13 +14,14 @@ import yaml
 import mcit.recipes
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_text
+from mcit.data_prep.hub import is_hub
+from mcit.data_prep.places import PATHS
 
 RECIPES = Path(mcit.recipes.__file__).parent
 COMMAND_LINE = "command line"
 
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DATA_KEYS = ("train", "validation", "test", "images")
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -99,17 +100,22 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
     """Read a recipe by path, packaged name (`mini/sefe`) or run directory, and lay everything over it in order.
 
     What a file extends comes first, then the file, each `--with` method, then the `key=value` overrides. Relative
-    paths are resolved against the folder of the file that wrote them (overrides: the current folder).
+    paths are resolved against the folder of the file that wrote them (overrides: the current folder); those of tasks in
+    a file that has a `data:` key, or extends one that has, against what `data` is in the end.
     Raises `InputError`.
     """
     path = find_recipe(name)
     layers = Layers({"folder": str(path.parent.resolve())})
     layers.origins[()] = str(path)
-    layer = read_layer(path)
-    extends = layer.pop("extends", None)
+    layer = _read_mapping(path)
+    extends, parent = layer.pop("extends", None), {}
     if extends is not None:
         parent = _parent(path, extends)
         layers.add(parent, str(path.parent / extends))
+    resolve_paths(layer, path.resolve().parent, under_data="data" in parent)
+    stream = layer.get("stream")
+    if isinstance(stream, list):
+        layer["stream"] = inherited(stream, parent.get("stream"))
     layers.add(layer, str(path))
     for method in with_methods:
         layer, origin = _method_layer(method)
@@ -118,6 +124,7 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
     for override in overrides:
         _override(layers, override)
         _expand_stream(layers, path)
+    place_tasks(layers.values)
     return layers
 
 
@@ -138,10 +145,15 @@ def find_recipe(name: str | Path) -> Path:
 
 def read_layer(path: Path) -> dict[str, Any]:
     """One YAML file as a mapping with absolute paths. Raises `InputError` that names line and column."""
+    layer = _read_mapping(path)
+    resolve_paths(layer, path.resolve().parent)
+    return layer
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     layer = parse_yaml(read_text(path), str(path))
     if not isinstance(layer, dict):
         raise InputError("is not a mapping of keys", where=path, remedy="A recipe starts with `name: …`")
-    resolve_paths(layer, path.resolve().parent)
     return layer
 
 
@@ -157,18 +169,75 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"malformed YAML: {error}", where=where) from None
 
 
-def resolve_paths(layer: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a layer absolute, in place: the base model's folder, and the data files of every task."""
+def resolve_paths(layer: dict[str, Any], folder: Path, *, under_data: bool = False) -> None:
+    """Make the paths in a layer absolute, in place: the base model's folder, `data`, and the data files of every task.
+
+    What is relative to `data` stays so: the paths of a task that has its own, and of all where the layer has a `data`
+    key (even an empty one, to be given later) or comes `under_data`.
+    """
     base = layer.get("base_model")
     if isinstance(base, dict) and isinstance(base.get("path"), str):
         local = folder / Path(base["path"]).expanduser()
         if local.exists() or not _HUB_ID.fullmatch(base["path"]) or base["path"].startswith("."):
             base["path"] = str(local.resolve())
+    under_data = under_data or "data" in layer
+    _make_absolute(layer, ["data"], folder)
     for task in tasks_of(layer.get("stream")):
-        for key in _DATA_KEYS:
-            if isinstance(task.get(key), str) and not _REFERENCE.fullmatch(task[key]):
-                # Not resolve(): image paths in the data are compared with `images` as they are written.
-                task[key] = os.path.abspath(folder / Path(task[key]).expanduser())
+        if not under_data:
+            _make_absolute(task, ["data"] if "data" in task else PATHS, folder)
+
+
+def place_tasks(values: dict[str, Any]) -> None:
+    """Put `data` before the relative paths of the tasks, in place; a task's own is relative to the recipe's.
+
+    A task whose data are on the Hub keeps relative paths and names the dataset in its `data`.
+    """
+    top = values.get("data") if isinstance(values.get("data"), str) else None
+    for task in tasks_of(values.get("stream")):
+        own = task.get("data") if isinstance(task.get("data"), str) else None
+        inside = own is not None and top is not None and not is_hub(own) and not os.path.isabs(own)
+        root, prefix = (top, own) if inside else (own or top, None)
+        for key in PATHS:
+            if _is_relative(task.get(key)):
+                path = os.path.normpath(os.path.join(prefix or "", task[key]))
+                task[key] = path if root is None or is_hub(root) else os.path.abspath(os.path.join(root, path))
+                if root is not None and is_hub(root):
+                    task["data"] = root
+        if own is not None and root is not None and not is_hub(root):
+            del task["data"]
+
+
+def _make_absolute(mapping: dict[str, Any], keys: Iterable[str], folder: Path) -> None:
+    for key in keys:
+        if _is_relative(mapping.get(key)):
+            # Not resolve(): image paths in the data are compared with `images` as they are written.
+            mapping[key] = os.path.abspath(folder / Path(mapping[key]).expanduser())
+
+
+def _is_relative(value: Any) -> bool:
+    """Whether a value is a path that is not absolute yet: no place on the Hub and no function."""
+    return isinstance(value, str) and not (is_hub(value) or _REFERENCE.fullmatch(value) or os.path.isabs(value))
+
+
+def inherited(stream: list[Any], parent: Any) -> list[Any]:
+    """A stream in which the tasks of the extended file may be named, and changed key by key.
+
+    `[b, a, {name: c, test: 0.2}]` over tasks a, b, c is another order of them with another test set for c. A name that
+    was used before stays a name: the task re-occurs.
+    """
+    known = {task["name"]: task for task in tasks_of(parent) if isinstance(task.get("name"), str)}
+    used = set[str]()
+
+    def one(entry: Any) -> Any:
+        if isinstance(entry, list):
+            return [one(inner) for inner in entry]
+        name = entry.get("name") if isinstance(entry, dict) else entry
+        if name not in known or name in used:
+            return entry
+        used.add(name)
+        return copy.deepcopy(known[name]) | (entry if isinstance(entry, dict) else {})
+
+    return [one(entry) for entry in stream]
 
 
 def tasks_of(stream: Any) -> Iterable[dict[str, Any]]:
@@ -195,7 +264,7 @@ def _known(key: str, known: Iterable[str], what: str) -> str:
 
 def _packaged() -> Iterable[Path]:
     """The recipes that ship with mcit (not the method files and not the launchers' settings)."""
-    return (file for file in RECIPES.glob("*/*.yaml") if file.parent.name not in ("methods", "accelerate"))
+    return (file for file in RECIPES.glob("*/*.yaml") if file.parent.name not in ("methods", "accelerate", "probes"))
 
 
 def _parent(path: Path, extends: Any) -> dict[str, Any]:
@@ -241,8 +310,11 @@ def _expand_stream(layers: Layers, path: Path) -> None:
             field="stream",
             remedy=_known(name, names, "Streams"),
         )
-    layers.values["stream"] = read_layer(file).get("stream")
+    layer = read_layer(file)
+    layers.values["stream"] = layer.get("stream")
     layers.origins[("stream",)] = str(file)
+    if "data" in layer:
+        layers.values.setdefault("data", layer["data"])
 
 
 def _override(layers: Layers, override: str) -> None:
@@ -257,6 +329,8 @@ def _override(layers: Layers, override: str) -> None:
     resolve_paths(fragment, Path.cwd())
     for part in keys:
         fragment = fragment[0 if isinstance(part, int) else part]
+    if keys == ["stream"] and isinstance(fragment, list):
+        fragment = inherited(fragment, layers.values.get("stream"))
     layers.set(keys, fragment, COMMAND_LINE)
 
 

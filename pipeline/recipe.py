@@ -116,6 +116,7 @@ class Recipe(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = 0
     base_model: ModelConfig
+    data: str | None = None  # the folder, or hub:owner/name[@revision], that the paths of a packaged stream are in
     stream: list[_Entry] = Field(min_length=1)
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
@@ -242,6 +243,8 @@ def _check_names(recipe: Recipe, layers: Layers) -> None:
                     field=f"stream.{index}",
                     remedy="Write only its name where it re-occurs",
                 )
+            if isinstance(task, TaskConfig) and task.train is None:
+                raise InputError("is missing", where=where, field=f"stream.{name}.train")
             if names.count(name) > 1:
                 raise InputError(f"{name} stands twice in one stage", where=where, field=f"stream.{index}")
             defined.add(name)
