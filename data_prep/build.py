@@ -51,6 +51,8 @@ class Builder:
     def build(self) -> None:
         """Write the task's files into the folder. Raises `InputError`."""
         parts: dict[Part, list[_Item]] = {"train": []}
+        if self.task.train is None and not isinstance(self.task.test, str):
+            raise InputError("names no training data and no test data", where=self.task.name)
         if self.task.train is not None:
             parts["train"] = self._read("train", self.task.train)
             self._refuse_empty(parts["train"], "train")
@@ -110,7 +112,7 @@ class Builder:
 
     def _other_sources(self) -> dict[Part, str]:
         """Sources of the validation and test parts. A reader of the training part is asked for those not named."""
-        default = self.task.train if is_function(self.task.train) else None
+        default = self.task.train if self.task.train and is_function(self.task.train) else None
         named = {
             "validation": self.task.validation or default,
             "test": default if self.task.test is None else self.task.test,

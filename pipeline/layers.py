@@ -194,17 +194,22 @@ def place_tasks(values: dict[str, Any]) -> None:
     """
     top = values.get("data") if isinstance(values.get("data"), str) else None
     for task in tasks_of(values.get("stream")):
-        own = task.get("data") if isinstance(task.get("data"), str) else None
-        inside = own is not None and top is not None and not is_hub(own) and not os.path.isabs(own)
-        root, prefix = (top, own) if inside else (own or top, None)
+        own, prefix = task.get("data"), ""
+        root = own if isinstance(own, str) else top
+        if _is_relative(own):
+            if top is None:
+                continue  # still to be given
+            root, prefix = top, own
+        if root is None:
+            continue
         for key in PATHS:
             if _is_relative(task.get(key)):
-                path = os.path.normpath(os.path.join(prefix or "", task[key]))
-                task[key] = path if root is None or is_hub(root) else os.path.abspath(os.path.join(root, path))
-                if root is not None and is_hub(root):
-                    task["data"] = root
-        if own is not None and root is not None and not is_hub(root):
-            del task["data"]
+                path = os.path.normpath(os.path.join(prefix, task[key]))
+                task[key] = path if is_hub(root) else os.path.abspath(os.path.join(root, path))
+        if is_hub(root):
+            task["data"] = root
+        else:
+            task.pop("data", None)
 
 
 def _make_absolute(mapping: dict[str, Any], keys: Iterable[str], folder: Path) -> None:
