@@ -124,7 +124,9 @@ def _pin_data(recipe: Recipe, run_dir: Path) -> None:
         if earlier and not is_pinned(task.data) and same_dataset(earlier, task.data):
             task.data = earlier
         else:
-            task.data = pinned.setdefault(task.data, pin(task.data))
+            if task.data not in pinned:
+                pinned[task.data] = pin(task.data)
+            task.data = pinned[task.data]
 
 
 def _recipe_before(run_dir: Path) -> dict[str, Any] | None:
