@@ -160,33 +160,29 @@ def _json_list(path: Path, on_broken: Callable[[str], None] | None) -> Iterable[
 
 
 def _salvaged(text: str, path: Path, on_broken: Callable[[str], None]) -> Iterator[Any]:
-    """The objects of a list that is not all JSON; each stretch that is none goes to `on_broken` as one line.
+    """The objects of a list that is not all JSON; each stretch between them that is none goes to `on_broken`.
 
-    Bare line breaks and tabs inside strings are let pass: what they stand for is not in doubt. Whole objects inside a
-    broken one have none of the keys that rows have, and go with it.
+    Bare line breaks and tabs inside strings are let pass: what they stand for is not in doubt. Of a broken row, whole
+    objects inside may be left; they have none of the keys of the longest object, which is a row.
     """
-    decoder, position, broken = json.JSONDecoder(strict=False), text.index("[") + 1, -1
-    keys: set[str] = set()
+    decoder, position = json.JSONDecoder(strict=False), text.index("[") + 1
+    found: list[tuple[int, int, dict[str, Any]]] = []
+    end = position
     while (start := text.find("{", position)) >= 0:
         try:
-            row, end = decoder.raw_decode(text, start)
+            row, position = decoder.raw_decode(text, start)
+            found.append((start, position, row))
         except json.JSONDecodeError:
-            row, end = {}, start + 1
-        if not row or (broken >= 0 and keys and keys.isdisjoint(row)):
-            broken, position = (start if broken < 0 else broken), end
-            continue
-        if broken >= 0:
-            on_broken(_broken_stretch(text, broken, path))
-            broken = -1
-        keys.update(row)
-        position = end
-        yield row
-    if broken >= 0:
-        on_broken(_broken_stretch(text, broken, path))
-
-
-def _broken_stretch(text: str, start: int, path: Path) -> str:
-    return f"{path}:{text.count(chr(10), 0, start) + 1}: not JSON: {text[start : start + 60]!r}"
+            position = start + 1
+    keys = set(max(found, key=lambda row: row[1] - row[0])[2]) if found else set()
+    rows = [row for row in found if not keys.isdisjoint(row[2])]
+    for start, stop, row in [*rows, (text.rindex("]"), 0, {})]:
+        if stretch := text[end:start].strip(", \t\r\n"):
+            line = text.count("\n", 0, text.index(stretch, end)) + 1
+            on_broken(f"{path}:{line}: not JSON: {stretch[:60]!r}")
+        if row:
+            yield row
+        end = stop
 
 
 def _json_object(path: Path) -> Any:
