@@ -82,7 +82,9 @@ class Builder:
         if self.moved:
             self.notes.append(f"{self.moved} samples show images inside or after a question: they now come first")
         if self.broken:
-            self.notes.append(f"{len(self.broken)} stretches that are not JSON passed over; the first: {self.broken[0]}")
+            self.notes.append(
+                f"{len(self.broken)} stretches that are not JSON passed over; the first: {self.broken[0]}"
+            )
         if self.dropped:
             self.notes.append(f"{len(self.dropped)} bad samples dropped; the first: {self.dropped[0]}")
         write_task(

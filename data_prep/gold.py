@@ -9,10 +9,11 @@ A file is told by its fields, as rows are:
 """
 
 import string
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+from .answers import split_tags
 from .errors import InputError
 from .files import read_json
 
@@ -34,7 +35,8 @@ class Answers:
         if key not in self.found:
             what = "place" if self.by_place else "id"
             raise InputError(f"no answer to the question of {what} {key} in {self.path}", where=where, field="answers")
-        return {**row, "references": self.found[key], "completion": row.get("completion") or self.found[key][0]}
+        most_common = Counter(self.found[key]).most_common(1)[0][0]
+        return {**row, "references": self.found[key], "completion": row.get("completion") or most_common}
 
     def check_places(self, count: int) -> None:
         """Refuse a file of captions that is not as long as the test file of `count` rows, which would shift them."""
@@ -71,5 +73,5 @@ def _texts(row: Any) -> list[str]:
     if isinstance(value, int) and isinstance(row.get("choices"), list) and 0 <= value < len(row["choices"]):
         return [string.ascii_uppercase[value]]
     values = value if isinstance(value, list) else [] if value is None else [value]
-    texts = [str(item.get("answer") if isinstance(item, dict) else item) for item in values]
-    return [text for text in texts if text.strip()]
+    texts = [split_tags(str(item.get("answer") if isinstance(item, dict) else item))[1] for item in values]
+    return [text for text in texts if text]

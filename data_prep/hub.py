@@ -1,4 +1,4 @@
-"""Datasets on the Hub as a place of data: `hub:owner/name[@revision]`, pinned to a commit, only what is named fetched."""
+"""Datasets on the Hub as a place of data, `hub:owner/name[@revision]`: pinned to a commit, fetched in part."""
 
 import re
 from collections.abc import Iterable

@@ -6,7 +6,8 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.hub import is_hub
 from mcit.data_prep.schema import TaskConfig
 
-from .layers import RECIPES, nearest, parse_yaml, place_tasks
+from .layers import RECIPES, nearest, parse_yaml
+from .tasks import place_tasks
 
 
 def load_probe(name: str, data: str | None = None) -> TaskConfig:

@@ -14,11 +14,12 @@ from mcit.eval.hashing import hub_commit
 from mcit.eval.results import read_results
 
 from .doctor import environment
-from .layers import read_layer, tasks_of
+from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
 from .status import write_status
 from .step import Launch, Step
 from .steps import Run
+from .tasks import tasks_of
 from .terminal import Terminal
 
 
@@ -113,9 +114,7 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
 def _pin_data(recipe: Recipe, run_dir: Path) -> None:
     """Name the commit of every dataset on the Hub, so that a run keeps to the data that it began with."""
-    before = {
-        task.get("name"): task.get("data") for task in tasks_of((_recipe_before(run_dir) or {}).get("stream"))
-    }
+    before = {task.get("name"): task.get("data") for task in tasks_of((_recipe_before(run_dir) or {}).get("stream"))}
     pinned: dict[str, str] = {}
     for task in recipe.tasks:
         if task.data is None:

@@ -155,7 +155,7 @@ def write(folder: Path, value: Any) -> Path:
     ("document", "key", "expected"),
     [
         ({"data": [{"question_id": 5, "answers": ["a", "b"]}]}, 5, ["a", "b"]),
-        ([{"question_id": "x", "solution": "<answer>"}], "x", ["<answer>"]),
+        ([{"question_id": "x", "solution": "<think>t</think> <answer>7</answer>"}], "x", ["7"]),
         ([{"id": 7, "answers": [{"answer": "yes"}, {"answer": " "}]}], 7, ["yes"]),
         ({"12": {"choices": ["p", "q"], "answer": 1}}, 12, ["B"]),
         ({"12": {"question": "?", "answer": "blue"}}, "12", ["blue"]),

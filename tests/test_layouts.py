@@ -1,7 +1,10 @@
 """Published layouts: every recipe prepares from rows in the original format, and every field lands where it belongs."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ from mcit.data_prep.layouts import layout_names, load_layout
 from mcit.data_prep.places import settle
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
 from mcit.data_prep.readers import read_rows
-from mcit.data_prep.schema import PrepareConfig, Sample
+from mcit.data_prep.schema import PrepareConfig, Sample, TaskConfig
+from mcit.eval.results import read_results
 from mcit.eval.scoring import check_gold
 from mcit.pipeline.arguments import check_stage, try_config
 from mcit.pipeline.layers import RECIPES
@@ -20,7 +24,9 @@ from mcit.pipeline.recipe import load_recipe
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STREAMS = ("coin", "ucit", "dcl", "ctbench", "rft7")
-PACKAGED = sorted(str(file.relative_to(RECIPES).with_suffix("")) for s in STREAMS for file in (RECIPES / s).glob("*.yaml"))
+PACKAGED = sorted(
+    str(file.relative_to(RECIPES).with_suffix("")) for s in STREAMS for file in (RECIPES / s).glob("*.yaml")
+)
 
 
 @pytest.fixture(scope="session")
@@ -199,6 +205,28 @@ def test_ctbench_llava_rows_and_reasoning_left_in_the_question(file, question, s
     assert row["id"] == raw["id"] and row["image"] == raw.get("image")
 
 
+def test_ctbench_questions_of_the_llava_variant_take_their_answers_from_the_test_file(benchmarks, cache):
+    own = ["stream.art.test=llava_eval/art.jsonl", "stream.art.answers=reasoning_test/art.json"]
+    root = benchmarks / "ctbench"
+    loaded = load_recipe("ctbench/stream", [f"data={root}", *(line.replace("=", f"={root}/") for line in own)])
+    folder = prepare_task(loaded.task("art"), loaded.prepare, seed=0, asd=None, base_dir=root, cache=cache)
+    sample = first(folder, "test")
+    assert sample["references"] == ["A jug of wine"] and sample["id"] == "a3" and said(sample)[1] == "A jug of wine"
+
+
+def test_a_prepared_task_is_trl_jsonl_that_reads_back_the_same(benchmarks, cache):
+    folder = prepared("coin/stream", benchmarks, cache, "Grounding")["Grounding"]
+    task = TaskConfig(
+        name="Grounding",
+        train=str(folder / "train.jsonl"),
+        test=str(folder / "test.jsonl"),
+        images=str(benchmarks / "coin"),
+    )
+    again = prepare_task(task, PrepareConfig(), seed=0, asd=None, base_dir=folder, cache=cache)
+    for part in ("train", "test"):
+        assert read_samples(again, part) == read_samples(folder, part)
+
+
 def test_rft7(benchmarks, cache):
     tasks = prepared("rft7/sft", benchmarks, cache)
     short = "Answer the question using a single word or phrase."
@@ -212,7 +240,10 @@ def test_rft7(benchmarks, cache):
     assert vizwiz["images"] == ["val/VizWiz_val_00000000.jpg"] and said(vizwiz)[1] == "tea"
     gqa = first(tasks["GQA"], "test")
     assert (gqa["id"], gqa["images"], said(gqa)[1]) == ("201", ["n3.jpg"], "yes")
-    assert said(first(tasks["Geometry3K"], "train", 1)) == ("Find the length of AB.\nAnswer in LaTeX.", "2 \\sqrt { 13 }")
+    assert said(first(tasks["Geometry3K"], "train", 1)) == (
+        "Find the length of AB.\nAnswer in LaTeX.",
+        "2 \\sqrt { 13 }",
+    )
     assert said(first(tasks["PathVQA"], "test"))[1] == "yes"
     clevr = [said(sample)[1] for sample in read_samples(tasks["Super-CLEVR"], "train")]
     assert clevr == ["3", "no"] and said(first(tasks["Super-CLEVR"], "test"))[1] == "small"
@@ -257,7 +288,24 @@ def test_every_layout_says_what_it_is_and_is_used():
         assert load_layout(name, FIXTURES).row.__module__ == f"mcit.data_prep.layouts.{name}"
 
 
+@pytest.mark.slow
+def test_a_packaged_benchmark_runs_to_its_report(benchmarks, tmp_path):
+    overrides = f"""
+        data={benchmarks / "coin"} stream=[Grounding] base_model.path={RECIPES / "mini" / "tiny_vlm"} train.lora.r=4
+        base_model.dtype=float32 train.max_length=null train.global_batch_size=2 eval.engine=transformers
+        train.sft.args.per_device_train_batch_size=1 train.sft.args.warmup_steps=0 eval.max_new_tokens=8
+    """.split()
+    command = [sys.executable, "-c", "from mcit.pipeline.cli import main; main()", "run", "coin/stream", *overrides]
+    env = os.environ | {"MCIT_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*command, "--run-dir", str(tmp_path / "run")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert [task["name"] for task in read_results(tmp_path / "run")["tasks"]] == ["Grounding"]
+    assert (tmp_path / "run" / "report" / "index.html").is_file()
+
+
 def test_settling_unpacks_an_archive_once(benchmarks, tmp_path):
-    (task,) = [task for task in load_recipe("ctbench/stream", [f"data={benchmarks / 'ctbench'}"]).tasks if task.name == "art"]
+    (task,) = [
+        task for task in load_recipe("ctbench/stream", [f"data={benchmarks / 'ctbench'}"]).tasks if task.name == "art"
+    ]
     images = settle(task, tmp_path, tmp_path).images
     assert images == settle(task, tmp_path, tmp_path).images and Path(images).is_relative_to(tmp_path)

@@ -3,7 +3,9 @@
 - Source: Hub `yueluoshuangtian/MLLM-CITBench`, `reasoning_{train,test}/<task>.json` and `img.zip` (4.2 GB); no licence
   was seen for the data.
 - A row: `problem`, `solution`, `image` (absent in numglue and fomc), maybe `question_id` (code: `data/README.md` and
-  the converter, which also knows `original_question` and `original_answer`). The LLaVA variant has `conversations`.
+  the converter, which also knows `original_question` and `original_answer`). The LLaVA variant, which the repository's
+  script makes, has `conversations` in `llava_train/<task>.json`, and `question_id`, `text`, `image` in
+  `llava_eval/<task>.jsonl`, whose answers are those of `reasoning_test/<task>.json` (`answers:`).
 - `solution` is `<think>…</think>` and then the answer, tagged or not; in test files maybe the answer alone.
 - Defects: in the raw LLaVA rows of the picture tasks the reasoning stands in the human turn, after the sentence that
   asks for a form; in those of the text tasks it ends with "answer: X". One raw file is not all JSON
@@ -34,21 +36,20 @@ def row(raw: dict[str, Any], part: str) -> dict[str, Any]:
         if not re.search(r"</?(?:think|answer)>", solution):
             question, solution = _take_apart(question, solution)
     else:
-        question = raw.get("problem") or raw["original_question"]
-        solution = raw.get("solution") or raw["original_answer"]
+        question = raw.get("problem") or raw.get("text") or raw["original_question"]
+        solution = raw.get("solution") or raw.get("original_answer")
+    converted = {"id": raw.get("question_id", raw.get("id")), "prompt": question, "image": raw.get("image")}
+    if solution is None:
+        return converted
     think, answer = split_tags(solution)
-    return {
-        "id": raw.get("question_id", raw.get("id")),
-        "prompt": question,
-        "completion": _solution(think, answer),
-        "references": [answer],
-        "image": raw.get("image"),
-    }
+    return {**converted, "completion": _solution(think, answer), "references": [answer]}
 
 
 def math(raw: dict[str, Any], part: str) -> dict[str, Any]:
     """Math VQA: letters, yes or no, and numbers in one task; the style of each row is that of its answer."""
     converted = row(raw, part)
+    if "references" not in converted:
+        return converted
     style: Style = infer_style(converted["references"], [converted["prompt"]])
     return {**converted, "style": style if style in ("mcq", "yes_no", "number") else "short"}
 

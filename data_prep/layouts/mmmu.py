@@ -1,7 +1,7 @@
 """MMMU (arXiv 2311.16502), a general probe: Hub `MMMU/MMMU`, Parquet, one folder a subject.
 
-- Fields: `id`, `question`, `options` (a list written as text), `answer` (a letter; a text or a list written as text where
-  `question_type` is open), `image_1` to `image_7`, which question and options name `<image 1>` and so on.
+- Fields: `id`, `question`, `options` (a list written as text), `answer` (a letter; where `question_type` is open, a
+  text or a list written as text), `image_1` to `image_7`, which question and options name `<image 1>` and so on.
 - Scored on validation (900 questions; second-hand): the answers of test are not public. Licence: Apache-2.0
   (second-hand).
 """
@@ -10,6 +10,7 @@ import ast
 import re
 from typing import Any
 
+from ..schema import Style
 from ..styles import build_prompt
 
 
@@ -18,7 +19,7 @@ def row(raw: dict[str, Any], part: str) -> dict[str, Any]:
     options = [_named(option) for option in ast.literal_eval(raw["options"])]
     answer = raw["answer"]
     answers = [str(one) for one in ast.literal_eval(answer)] if answer.startswith("[") else [answer]
-    style = "mcq" if raw["question_type"] == "multiple-choice" else "short"
+    style: Style = "mcq" if raw["question_type"] == "multiple-choice" else "short"
     return {
         "id": raw["id"],
         "prompt": build_prompt(_named(raw["question"]), style, options=options if style == "mcq" else None),

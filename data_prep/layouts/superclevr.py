@@ -1,6 +1,6 @@
 """Super-CLEVR (CVPR 2023, arXiv 2212.00259): `superCLEVR_questions_30k.json` and the folder `images`.
 
-- One object: `questions` is a list of {`question`, `image_filename`, `answer`, `question_index`, …} (code of its users).
+- One object: `questions` is a list of {`question`, `image_filename`, `answer`, `question_index`, …} (code of users).
 - The file holds all parts. The cut by picture number, 20,000 to train, 5,000 to validate, 5,000 to test, is that of the
   paper from memory (second-hand): check it before comparing figures. Licence: not seen.
 """
