@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -286,6 +287,24 @@ def test_every_layout_says_what_it_is_and_is_used():
     for name in layout_names():
         assert any(name in layout for layout in used)
         assert load_layout(name, FIXTURES).row.__module__ == f"mcit.data_prep.layouts.{name}"
+
+
+def test_the_layout_of_the_documentation_works(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    code, stream = re.findall(r"## A layout of your own.*?```python\n(.*?)```.*?```yaml\n(.*?)```", page, re.DOTALL)[0]
+    (tmp_path / "my_layout.py").write_text(code)
+    (tmp_path / "mine.yaml").write_text(f"name: mine\nbase_model: {{path: acme/tiny}}\n{stream}")
+    shutil.copytree(FIXTURES / "ucit" / "datasets" / "Flickr30k" / "val", tmp_path / "scans")
+    raw = [
+        {"uid": "7", "question": "Total?", "total": "$12", "total_without_currency": "12", "scan": f"{n}.jpg"}
+        for n in (3, 4)
+    ]
+    for part in ("train", "test"):
+        (tmp_path / f"{part}.jsonl").write_text("\n".join(map(json.dumps, raw)))
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    folder = prepare_task(recipe.tasks[0], recipe.prepare, seed=0, asd=None, base_dir=tmp_path, cache=tmp_path)
+    sample = first(folder, "test", 1)
+    assert sample["references"] == ["$12", "12"] and sample["images"] == ["4.jpg"]
 
 
 @pytest.mark.slow
