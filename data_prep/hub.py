@@ -38,7 +38,7 @@ def download(data: str, paths: Iterable[str]) -> Path:
     What is there already is not fetched again; without a network, what was fetched before is what there is.
     """
     hub_id, revision = _parts(data)
-    patterns = [pattern for path in paths for pattern in (path, f"{path.rstrip('/')}/**")]
+    patterns = [pattern for path in paths for pattern in (["*"] if path == "." else [path, f"{path}/**"])]
     return _snapshot(hub_id, revision, patterns)
 
 
