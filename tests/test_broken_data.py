@@ -133,12 +133,14 @@ def test_rows_of_another_layout(ucit):
 
 def test_an_unknown_layout_and_one_of_the_users_own(ucit):
     assert refusal(ucit, layout="coyn").startswith("unknown layout 'coyn'. Known: coin, coin_asd, ctbench, dcl, ")
-    (ucit / "my_layout.py").write_text(
+    (ucit / "my_broken_layout.py").write_text(
         "def mine(raw, part):\n    return {'prompt': part, 'completion': f\"n{raw['question_id']}\"}\n"
     )
-    with pytest.raises(InputError, match="has no field 'question_id', so it is not of the layout my_layout:mine"):
-        prepare(ucit, layout="my_layout:mine")
-    folder = prepare(ucit, layout="my_layout:mine", train="instructions/ImageNet-R/test_3000.json")
+    with pytest.raises(
+        InputError, match="has no field 'question_id', so it is not of the layout my_broken_layout:mine"
+    ):
+        prepare(ucit, layout="my_broken_layout:mine")
+    folder = prepare(ucit, layout="my_broken_layout:mine", train="instructions/ImageNet-R/test_3000.json")
     assert [sample["completion"][0]["content"] for sample in read_samples(folder, "train")] == ["n0", "n1"]
 
 
