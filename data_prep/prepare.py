@@ -3,15 +3,21 @@
 `cache/data/<hash>/` holds `{train,validation,test}.jsonl`, `images.json` (SHA-256, width and height of every image
 used), `task.json`, `asd_report.json` after ASD and, where images came without files, `images/`.
 `cache/sources/<key>.json` remembers which folder a source led to, with size and time of every image looked at, so that
-a second preparation reads nothing but the data file.
+a second preparation reads nothing but the data file. `cache/asd/` keeps the answers of a model that converts.
 """
 
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from .asd.rules import convert
+from .asd.conversion import convert
+from .asd.endpoint import Endpoint, Picture
+from .asd.llm import Llm
+from .asd.report import make_report
+from .asd.rules import Rules
 from .build import PARTS, Builder, write_task
 from .cache import code_identity, publish, remember, remembered, temporary_folder
 from .errors import InputError
@@ -23,12 +29,20 @@ from .schema import AsdConfig, PrepareConfig, PreparedTask, Sample, TaskConfig
 
 
 def prepare_task(
-    task: TaskConfig, prepare: PrepareConfig, *, seed: int, asd: AsdConfig | None, base_dir: Path, cache: Path
+    task: TaskConfig,
+    prepare: PrepareConfig,
+    *,
+    seed: int,
+    asd: AsdConfig | None,
+    base_dir: Path,
+    cache: Path,
+    show: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Prepare a task and return its folder in the cache; what was prepared before is not prepared again.
 
     Paths of `task` are relative to `base_dir`. `seed` acts on ASD alone: the split, the `limit` subset and the test
-    part depend on the data only. Raises `InputError` for anything wrong with the data, before the folder exists.
+    part depend on the data only. `show` gets lines of progress, of a conversion by a model. Raises `InputError` for
+    anything wrong with the data or that model's endpoint, before the folder exists.
     """
     base_dir, cache = base_dir.resolve(), cache.resolve()
     task = settle(task, base_dir, cache)
@@ -53,7 +67,7 @@ def prepare_task(
         remember(cache, key, folder, builder.looked_at)
     if asd is None or asd.fraction == 0:
         return folder
-    return _diversify(folder, asd, seed, [task.format] if task.format else [], cache)
+    return _diversify(folder, asd, seed, [task.format] if task.format else [], cache, show)
 
 
 def read_task(path: Path | str) -> PreparedTask:
@@ -92,13 +106,21 @@ def drop_samples(path: Path, drop: dict[Part, set[str]], reason: str, cache: Pat
     return _derive(path, parts, notes, {}, cache)
 
 
-def _diversify(native: Path, asd: AsdConfig, seed: int, known_formats: list[str], cache: Path) -> Path:
+def _diversify(
+    native: Path, asd: AsdConfig, seed: int, known_formats: list[str], cache: Path, show: Callable[[str], None]
+) -> Path:
     """ASD of the training part. It comes after `limit`, so that its share is one of what is really trained on."""
-    key = hash_json({"code": code_identity(), "native": native.name, "asd": asd.model_dump(), "seed": seed})
+    key = hash_json({"code": code_identity(), "native": native.name, "asd": asd.identity(), "seed": seed})
     folder = remembered(cache, key)
     if folder is None:
         parts = {part: read_samples(native, part) for part in PARTS}
-        parts["train"], report = convert(parts["train"], asd.fraction, seed, known_formats=known_formats)
+        converter: Callable[..., Rules | Llm] = Rules
+        if asd.converter == "llm":
+            task, images = read_task(native), read_images(native)
+            pictures = {name: Picture(image_path(native, task, name), facts.sha256) for name, facts in images.items()}
+            converter = partial(Llm, endpoint=Endpoint(asd, cache, show), pictures=pictures)
+        done = convert(parts["train"], asd.fraction, seed, converter, known_formats=known_formats)
+        report, parts["train"] = make_report(done, asd, seed), done.after
         folder = _derive(native, parts, [f"ASD: {report['summary']}"], {"asd_report.json": report}, cache)
         remember(cache, key, folder, [])
     return folder

@@ -39,6 +39,7 @@ class Converter(StrEnum):
     """What `mcit asd` can convert with."""
 
     rules = "rules"
+    llm = "llm"
 
 
 def main() -> None:
@@ -297,17 +298,55 @@ def asd(
     fraction: Annotated[float, typer.Option(min=0, max=1, help="Share of the samples to convert.")] = 0.2,
     seed: int = 0,
     converter: Annotated[Converter, typer.Option(help="What rewrites the answers.")] = Converter.rules,
+    images: Annotated[Path | None, typer.Option(help="Folder of the images. Default: the folder of IN.")] = None,
+    endpoint: Annotated[
+        str | None, typer.Option(help="llm: an OpenAI-compatible endpoint, http://localhost:8000/v1.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="llm: the model, as the endpoint calls it.")] = None,
+    api_key_env: Annotated[
+        str, typer.Option(help="llm: the environment variable that holds the API key.")
+    ] = "OPENAI_API_KEY",
+    concurrency: Annotated[int, typer.Option(min=1, help="llm: questions asked at once.")] = 16,
+    timeout: Annotated[float, typer.Option(help="llm: seconds until a question is asked again.")] = 120,
+    retries: Annotated[int, typer.Option(min=0, help="llm: how often a failed question is asked again.")] = 6,
+    request: Annotated[str, typer.Option(help='llm: more of the request, as JSON: {"temperature": 0.7}')] = "{}",
 ) -> None:
     """Convert part of a data file's answers into other styles (answer-style diversification, SEFE).
 
+    Rules need nothing; `--converter llm` asks a model that sees the images, behind `--endpoint`, and keeps its answers.
+
     Example: `mcit asd train.json train-asd.jsonl --fraction 0.2 --seed 0 --converter rules`
     """
-    from mcit.data_prep.schema import AsdConfig
+    from .convert import asd_settings, convert_file
+    from .terminal import Terminal
 
-    from .convert import convert_file
-
-    settings = AsdConfig(fraction=fraction, converter=converter.value)
-    print(convert_file(source, target, settings, seed)["summary"])
+    try:
+        more = json.loads(request)
+    except json.JSONDecodeError as error:
+        raise InputError(f"is no JSON: {error.msg}", where="mcit asd", field="--request") from None
+    settings = asd_settings(
+        fraction=fraction,
+        converter=converter.value,
+        endpoint=endpoint,
+        model=model,
+        api_key_env=api_key_env,
+        concurrency=concurrency,
+        timeout=timeout,
+        retries=retries,
+        request=more,
+    )
+    terminal = Terminal()
+    try:
+        with terminal.working(f"convert {source.name}") as show:
+            report = convert_file(source, target, settings, seed, images, show)
+    except KeyboardInterrupt:
+        if settings.converter == "llm":
+            print("interrupted: the answers so far are kept, the same command goes on from there", file=sys.stderr)
+        raise
+    terminal.say(report["summary"])
+    if report["validation"]["failed"]:
+        terminal.say(f"gold answers that are not right in their new style: {report['validation']['failed']}", "yellow")
+    terminal.say(f"report: {target}.report.json")
 
 
 def _start(

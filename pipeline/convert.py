@@ -1,29 +1,71 @@
 """ASD conversion of one data file, for those who train elsewhere."""
 
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from mcit.data_prep.asd.rules import convert
+from pydantic import ValidationError
+
+from mcit.data_prep.asd.conversion import convert
+from mcit.data_prep.asd.report import make_report
+from mcit.data_prep.asd.rules import Rules
+from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json, write_jsonl
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
-from mcit.data_prep.schema import AsdConfig, PrepareConfig, TaskConfig
+from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, TaskConfig
+from mcit.data_prep.styles import default_scorer
 from mcit.eval.hashing import cache_dir
+from mcit.eval.scorers import get_scorer
+from mcit.eval.scoring import score_response
 
 
-def convert_file(source: Path, target: Path, asd: AsdConfig, seed: int) -> dict[str, Any]:
+def asd_settings(**options: Any) -> AsdConfig:
+    """Settings from the command line's options. Raises `InputError` with the option."""
+    try:
+        return AsdConfig(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = "".join(f"--{str(key).replace('_', '-')}" for key in first["loc"][:1])
+        raise InputError(first["msg"], where="mcit asd", field=option) from None
+
+
+def convert_file(
+    source: Path, target: Path, asd: AsdConfig, seed: int, images: Path | None, show: Callable[[str], None]
+) -> dict[str, Any]:
     """Write `source` (LLaVA JSON, TRL JSONL or Parquet) to `target` as JSONL, part of it in other answer styles.
 
-    The report beside it (`<target>.report.json`) is returned too. Image paths stay relative to the folder of `source`;
-    images that had no file are written to `images/` beside `target`. Raises `InputError`.
+    The report beside it (`<target>.report.json`) is returned too. Image paths stay relative to `images`, or to the
+    folder of `source`; images that had no file are written to `images/` beside `target`. Raises `InputError`.
     """
     source = source.resolve()
-    task = TaskConfig(name="asd", train=str(source), test=str(source))  # as its own test set: nothing is split off
-    folder = prepare_task(task, PrepareConfig(), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir())
+    task = TaskConfig(  # as its own test set: nothing is split off
+        name="asd", train=str(source), test=str(source), images=str(images.resolve()) if images else None
+    )
+    folder = prepare_task(
+        task, PrepareConfig(), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
+    )
     if read_task(folder)["image_root"] == "." and (folder / "images").is_dir():
         shutil.copytree(folder / "images", target.parent / "images", dirs_exist_ok=True)
     samples = read_samples(folder, "train")
-    report = read_json(folder / "asd_report.json") if asd.fraction else convert(samples, 0, seed)[1]
+    if asd.fraction:
+        report = read_json(folder / "asd_report.json")
+    else:
+        report = make_report(convert(samples, 0, seed, Rules), asd, seed)
+    report["validation"] = validate(sample for sample in samples if "asd" in sample.get("meta", {}))
     write_jsonl(target, samples)
     write_json(target.with_name(f"{target.name}.report.json"), report)
     return report
+
+
+def validate(converted: Iterable[Sample]) -> dict[str, Any]:
+    """Score the gold answer of every converted sample by its style's scorer: each must be right, in form and content.
+
+    Returns the number of samples and, of those that are not, the verdicts by id.
+    """
+    verdicts = {}
+    for sample in converted:
+        scorer = get_scorer(default_scorer(sample["style"], len(sample["references"])))
+        score = score_response(sample, sample["completion"][-1]["content"], scorer)
+        verdicts[sample["id"]] = score["verdict"] if score["score"] == 100 else f"{score['verdict']}, {score['score']}"
+    return {"checked": len(verdicts), "failed": {key: found for key, found in verdicts.items() if found != "correct"}}

@@ -102,12 +102,14 @@ class Run:
             return {
                 "task": task.model_dump(exclude={"overrides"}),
                 "prepare": recipe.prepare.model_dump(),
-                "asd": recipe.asd.model_dump() | {"seed": recipe.seed} if recipe.asd else None,
+                "asd": recipe.asd.identity() | {"seed": recipe.seed} if recipe.asd else None,
             }
 
         def work(show: Show, lock: int) -> Facts:
             home, cache = Path(recipe.folder), cache_dir()
-            folder = prepare_task(task, recipe.prepare, seed=recipe.seed, asd=recipe.asd, base_dir=home, cache=cache)
+            folder = prepare_task(
+                task, recipe.prepare, seed=recipe.seed, asd=recipe.asd, base_dir=home, cache=cache, show=show
+            )
             return {"folder": str(folder)}
 
         return Step(f"prepare/{task.name}", f"prepare {task.name}", marker, there, inputs, work, again=True)

@@ -9,12 +9,21 @@ from typing import Any
 import pytest
 
 from mcit.data_prep.answers import extract, normalise
+from mcit.data_prep.asd import conversion
 from mcit.data_prep.asd.distractors import Pool, answer_kind, iou, same_answer
-from mcit.data_prep.asd.rules import convert
-from mcit.data_prep.schema import Sample, Style
+from mcit.data_prep.asd.report import make_report
+from mcit.data_prep.asd.rules import Rules
+from mcit.data_prep.schema import AsdConfig, Sample, Style
 from mcit.data_prep.styles import FORMAT, THINK, build_prompt, fits, parse, split_prompt, split_reasoning
 
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
+
+
+def convert(
+    samples: list[Sample], fraction: float, seed: int, known_formats: list[str] | None = None
+) -> tuple[list[Sample], dict[str, Any]]:
+    done = conversion.convert(samples, fraction, seed, Rules, known_formats=known_formats or [])
+    return done.after, make_report(done, AsdConfig(fraction=fraction), seed)
 
 
 def sample(number: int, question: str, answer: str, style: Style, **fields: Any) -> Sample:
@@ -310,22 +319,45 @@ def test_what_rules_cannot_convert_is_reported() -> None:
     same = [sample(i, f"What is {i}?", "cat", "short") for i in range(10)]
     report = convert(same, 0.5, seed=0)[1]
     assert report["converted"] == 5 and report["styles"]["brief"]["converted"] == 5  # the total stays
-    assert "no wrong answer of the same kind in the task" in report["styles"]["mcq"]["skipped"]
+    assert "no wrong answer of the same kind in the task" in report["styles"]["mcq"]["fell_back"]
+
+
+def test_the_share_is_reached_within_half_a_point_or_the_report_says_why_not() -> None:
+    for n, fraction in ((200, 0.2), (173, 0.37), (100, 1.0)):
+        report = convert(short_task(n), fraction, seed=0)[1]
+        assert abs(report["reached"] - fraction) <= 0.005 and report["within_half_a_point"] and not report["why_not"]
+    few = convert(short_task(7), 0.2, seed=0)[1]
+    assert few["converted"] == 1 and few["why_not"] == ["one sample more or less is 14.3 points of the share"]
+    mixed = short_task(50) + [sample(i, f"Why {i}?", "It is so. It has been.", "detailed") for i in range(50, 100)]
+    report = convert(mixed, 0.8, seed=0)[1]
+    assert report["converted"] == 50 and not report["within_half_a_point"]
+    assert "mcq: the answer is free text (50)" in report["why_not"]
 
 
 def test_options_about_options_are_not_asked_alone() -> None:
     options = ["red", "blue", "All of the above", "A and B"]
     samples = [sample(i, f"Which {i}?", "ABCD"[i % 4], "mcq", meta={"options": options}) for i in range(80)]
     for before, after in zip(samples, convert(samples, 1.0, seed=0)[0], strict=True):
-        if after["style"] in ("short", "yes_no"):
+        if after["style"] in ("short", "yes_no", "brief"):
             assert content(before) in ("red", "blue")
             assert "above" not in after["prompt"][0]["content"] and "A and B" not in after["prompt"][0]["content"]
+
+
+def test_options_that_are_sentences_can_be_asked_about() -> None:
+    options = ["It is short of light.", "It has had too much water."]
+    samples = [sample(i, f"Why is plant {i} pale?", "AB"[i % 2], "mcq", meta={"options": options}) for i in range(40)]
+    converted, report = convert(samples, 0.5, seed=0)
+    assert report["converted"] == 20 == report["styles"]["yes_no"]["converted"]
+    assert report["styles"]["short"]["skipped"] == {"the answer is no word or phrase": 40}
+    for before, after in zip(samples, converted, strict=True):
+        if "asd" in after["meta"]:
+            check_truth(before, after)
 
 
 def test_report_holds_examples_before_and_after() -> None:
     samples = short_task(60)
     report = convert(samples, 0.5, seed=0)[1]
-    assert {style: len(rows) for style, rows in report["examples"].items()} == {"yes_no": 3, "mcq": 3, "brief": 3}
+    assert {style: len(rows) for style, rows in report["examples"].items()} == {"yes_no": 10, "mcq": 10, "brief": 10}
     example = report["examples"]["brief"][0]
     native = next(s for s in samples if s["id"] == example["id"])
     assert example["before"] == {"prompt": native["prompt"], "completion": native["completion"]}

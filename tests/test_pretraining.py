@@ -107,6 +107,10 @@ def test_a_lesson_ends_once_all_of_it_is_known():
     assert any(name == "agree from afar" for row in rows for _, _, name in row.turns)
 
 
+def test_the_shipped_tokenizer_is_the_one_that_the_script_builds(processor):
+    assert processor.tokenizer.backend_tokenizer.to_str() == build_tokenizer().backend_tokenizer.to_str()
+
+
 @pytest.mark.parametrize("source", [facts.scene_facts, facts.chart_facts, facts.letter_facts])
 def test_a_caption_tells_each_fact_once_and_truly(source):
     _, known = source(np.random.default_rng(4))

@@ -1,23 +1,20 @@
-"""One question and its answer, taken out of a dialogue, and put into another style by rule."""
+"""One question and its answer, taken out of a dialogue, and put together again in another style."""
 
 import dataclasses
 import random
-import re
 import string
 from collections.abc import Sequence
 
 from ..answers import extract, normalise
 from ..schema import Reasoning, Sample, Style
-from ..styles import THINK, build_prompt, split_prompt, split_reasoning, state_answer, state_proposition
-from .distractors import Kind, Pool, answer_kind
+from ..styles import THINK, build_prompt, fits, split_prompt, split_reasoning, state_proposition
+from .distractors import Kind, answer_kind
 
 FREE_TEXT: tuple[Style, ...] = ("brief", "detailed", "caption")
-_ABOUT_OPTIONS = re.compile(r"(?i:all|none|both|neither|either|any)\b|[A-H](?:, [A-H])* (?:and|or|&) [A-H]$")
-_MCQ_OPTIONS = 4
 
 
 class Unreachable(Exception):
-    """This question cannot be put into this style by rule; the text says why."""
+    """This question cannot be put into this style; the text says why."""
 
 
 class Decks:
@@ -55,8 +52,38 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Job:
+    """One turn of a sample, wanted in a style. `rng` is the job's own: what is drawn depends on nothing else."""
+
+    turns: Sequence[Turn]
+    position: int
+    style: Style
+    images: Sequence[str]
+    rng: random.Random
+
+    @property
+    def turn(self) -> Turn:
+        """The turn that is wanted in another style."""
+        return self.turns[self.position]
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What a converter supplies for one job; `assemble` makes the turn of it.
+
+    `wrong` are an mcq's wrong options, or the one wrong alternative of a proposition (none where the question asks for
+    yes or no already); `text` is an explanation; `options` are shown with the question of an explanation.
+    """
+
+    how: str
+    wrong: Sequence[str] = ()
+    text: str = ""
+    options: list[str] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Converted:
-    """A turn in another style; `how` says by which rule."""
+    """A turn in another style; `how` says where the new answer is from."""
 
     user: str
     answer: str
@@ -87,84 +114,34 @@ def take_apart(sample: Sample, known_formats: Sequence[str]) -> list[Turn]:
     return turns
 
 
-def reachable(turn: Turn, style: Style) -> str | None:
-    """Why the rules cannot put a turn into a style, as far as that is known without trying; `None` if nothing speaks
-    against it."""
-    if style == "detailed":
-        return "rules cannot write explanations"
-    if turn.style in FREE_TEXT or (turn.style != "mcq" and turn.kind is None):
-        return "the answer is free text"
-    if turn.content is None or turn.kind is None:
-        return "the answer names none of the options"
-    if not turn.question:
-        return "no question besides the format sentence"
-    if turn.style == "mcq" and style in ("short", "yes_no") and _ABOUT_OPTIONS.match(turn.content):
-        return "the answer speaks about the options"
-    return None
+def assemble(turn: Turn, style: Style, material: Material, reasoning: Reasoning, decks: Decks) -> Converted:
+    """Put a turn into a style. Raises `Unreachable`; the decks are dealt from only when that has not happened.
 
-
-def convert_turn(
-    turn: Turn, style: Style, reasoning: Reasoning, pool: Pool, rng: random.Random, decks: Decks
-) -> Converted:
-    """Put a turn into a style. Raises `Unreachable`; the decks are dealt from only when the conversion succeeds."""
-    why_not = reachable(turn, style)
-    if why_not or turn.content is None or turn.kind is None:
-        raise Unreachable(why_not or "the answer is free text")
-    question, options, content = turn.question, None, turn.content
+    Where the right option stands and whether a proposition is true is dealt here, for every converter alike.
+    """
+    right = turn.references[0]
+    if turn.kind == "yes_no":
+        right = "Yes" if normalise(right) == "yes" else "No"
+    question, options, how = turn.question, material.options, material.how
     match style:
         case "mcq":
-            options, answer, how = _choice(turn, turn.kind, pool, rng, decks)
+            position = decks.deal("mcq", len(material.wrong) + 1)
+            options = [*material.wrong[:position], right, *material.wrong[position:]]
+            answer = string.ascii_uppercase[position]
+        case "yes_no" if turn.kind == "yes_no":
+            answer = right
         case "yes_no":
-            question, answer, how = _proposition(turn, turn.kind, pool, rng, decks)
+            true = decks.deal("yes_no", 2) == 0
+            question = state_proposition(question, right if true else material.wrong[0])
+            answer, how = "Yes" if true else "No", f"{'true' if true else 'false'} proposition, {how}"
         case "short":
-            answer, how = content, "option's text" if turn.style == "mcq" else "same answer"
-        case "brief":
-            answer, how = _sentence(content, turn.kind), "template sentence"
+            answer = turn.references[0]
         case _:
-            raise ValueError(f"{style} is no style of ASD")
+            answer = material.text
+    if not fits(style, answer, options=options):
+        raise Unreachable("the new answer does not have the form of the style")
     asks_thinking = reasoning if THINK in turn.format else "none"
     user = build_prompt(question, style, options=options, reasoning=asks_thinking)
     if turn.think is not None:
         answer = f"<think>{turn.think}</think><answer>{answer}</answer>"
     return Converted(user, answer, options, how)
-
-
-def _choice(turn: Turn, kind: Kind, pool: Pool, rng: random.Random, decks: Decks) -> tuple[list[str], str, str]:
-    if kind == "yes_no":
-        wrong, right, how = pool.wrong(turn.question, turn.references, kind, 1, rng), turn.references[0], "yes or no"
-        right = "Yes" if normalise(right) == "yes" else "No"
-    else:
-        wrong, right = pool.wrong(turn.question, turn.references, kind, _MCQ_OPTIONS - 1, rng), turn.references[0]
-        how = f"{len(wrong)} wrong answers of the task's own kind"
-    if not wrong:
-        raise Unreachable("no wrong answer of the same kind in the task")
-    position = decks.deal("mcq", len(wrong) + 1)
-    options = [*wrong[:position], right, *wrong[position:]]
-    return options, string.ascii_uppercase[position], how
-
-
-def _proposition(turn: Turn, kind: Kind, pool: Pool, rng: random.Random, decks: Decks) -> tuple[str, str, str]:
-    content = turn.references[0]
-    if kind == "yes_no":
-        return turn.question, "Yes" if normalise(content) == "yes" else "No", "same answer"
-    if turn.options:
-        right = normalise(content)
-        wrong = [o for o in turn.options if normalise(o) != right and not _ABOUT_OPTIONS.match(o)]
-        candidate = rng.choice(wrong) if wrong else None
-    else:
-        candidate = next(iter(pool.wrong(turn.question, turn.references, kind, 1, rng)), None)
-    if candidate is None:
-        raise Unreachable("no wrong answer of the same kind in the task")
-    true = decks.deal("yes_no", 2) == 0
-    question = state_proposition(turn.question, content if true else candidate)
-    return question, "Yes" if true else "No", "true proposition" if true else "false proposition"
-
-
-def _sentence(content: str, kind: Kind) -> str:
-    """A sentence that states the answer, such that the answer can be read out of it again."""
-    said = content.lower() if kind == "yes_no" else content.rstrip(".")
-    sentence = state_answer(said)
-    read = extract("latex" if kind == "latex" else "short", sentence)
-    if read is None or normalise(read) != normalise(content):
-        raise Unreachable("the answer cannot be read out of a sentence again")
-    return sentence

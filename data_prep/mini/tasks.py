@@ -19,10 +19,12 @@ from mcit.data_prep.styles import build_prompt
 
 from . import rationales, world
 
-_USUAL = {"train": 1000, "validation": 100, "test": 250}
-# What is learned slowest has twice as many samples to train.
-SIZES = dict.fromkeys(rationales.TASKS, _USUAL)
-SIZES["digits"] = SIZES["arithmetic"] = _USUAL | {"train": 2000}
+_USUAL = {"train": 1000, "validation": 100, "test": 200}
+# What is learned slowest has more samples to train.
+SIZES = dict.fromkeys(rationales.TASKS, _USUAL) | {
+    "digits": _USUAL | {"train": 3000},
+    "arithmetic": _USUAL | {"train": 2000},
+}
 Program = dict[str, Any]
 Make = Callable[[np.random.Generator], Program]
 
@@ -77,10 +79,10 @@ def _handwriting() -> tuple[np.ndarray, np.ndarray]:
     return data.images[order], data.target[order]
 
 
-# Where the 1,797 images go. The train parts and the tuning stream show an image more than once, placed anew.
+# Where the 1,797 images go. A part that needs more than it has shows them again, placed anew.
 _HANDWRITING = {
-    False: {"train": (0, 800), "validation": (800, 900), "test": (900, 1150)},
-    True: {"train": (1150, 1550), "validation": (1550, 1620), "test": (1620, 1797)},
+    False: {"train": (0, 700), "validation": (700, 770), "test": (770, 970)},
+    True: {"train": (970, 1620), "validation": (1620, 1660), "test": (1660, 1797)},
 }
 
 

@@ -25,7 +25,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
 ORDINALS = ("first", "second", "third", "fourth")
-LETTERS = "ACEFHJKLMNPRSTUVWXYZ"  # without the letters that a low resolution confuses with others or with digits
+LETTERS = "ACEFHJKLNPRSTUVWXYZ"  # without the letters that a low resolution confuses with others or with digits
 FONTS = (
     "DejaVuSans",
     "DejaVuSans-Bold",

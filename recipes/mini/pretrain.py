@@ -1,6 +1,6 @@
 """Pretrain the embedded tiny VLM from scratch, gate it, and save it as any other model is saved.
 
-    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 1800]
+    python recipes/mini/pretrain.py OUT [--seed 0] [--steps 3500]
 
 First the vision tower learns from dense labels (`tower.py`) and is frozen; then the language model of a Qwen2.5-VL of
 1.8 million parameters learns to match words, to describe pictures, and to answer questions about the facts of
@@ -92,21 +92,23 @@ def dialogues(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
         yield [questions(rng, source, accuracy) for source in SOURCES], 1.0
 
 
+def which_shape(rng: np.random.Generator) -> tuple[Image.Image, list[facts.Fact]]:
+    """A full picture and which shape is where, nothing else."""
+    picture, known = FULL(rng)
+    return picture, [fact for fact in known if fact.name == "shape_at"]
+
+
 def shapes(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
     """Which shape is where, the slowest, beside the rest."""
-
-    def which_shape(rng: np.random.Generator) -> tuple[Image.Image, list[facts.Fact]]:
-        picture, known = FULL(rng)
-        return picture, [fact for fact in known if fact.name == "shape_at"]
-
-    for _ in _until_known(accuracy, "shape_at mcq none", "shape_at yes_no none", share=0.8):  # more takes long
+    for _ in _until_known(accuracy, "shape_at mcq none", share=0.8):  # more takes long
         yield [questions(rng, source, accuracy) for source in 12 * [which_shape] + 2 * list(facts.SOURCES)], 1.0
 
 
 def last(rng: np.random.Generator, accuracy: dict[str, float], steps: int) -> Lessons:
-    """Dialogues again, while the learning rate falls to zero."""
+    """Dialogues again, with more of what is learned slowest, while the learning rate falls to zero."""
     for step in range(steps):
-        yield [questions(rng, source, accuracy) for source in SOURCES], 1 - step / steps
+        sources = SOURCES + 3 * [which_shape] + 5 * [facts.letter_facts]
+        yield [questions(rng, source, accuracy) for source in sources], 1 - step / steps
 
 
 def _choices(rng: np.random.Generator) -> list[Row]:
@@ -222,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1800, help="of the last lesson")
+    parser.add_argument("--steps", type=int, default=3500, help="of the last lesson")
     arguments = parser.parse_args()
     processor = build_processor(build_tokenizer())
     model = build_model(processor.tokenizer, arguments.seed).to(DEVICE)
