@@ -12,8 +12,10 @@ from typing import Any, cast
 
 from .errors import InputError
 from .files import hash_json, write_json, write_jsonl
+from .gold import Answers
 from .identity import connect, give_ids, rank, set_image_ids
 from .images import ImageFacts, inside, inspect_images, store_image
+from .layouts import load_layout
 from .readers import Part, is_function, read_rows
 from .rows import RawSample, parse_row
 from .schema import Message, PrepareConfig, Sample, Style, TaskConfig
@@ -42,12 +44,18 @@ class Builder:
         self.roots: list[Path] = []
         self.notes: list[str] = []
         self.dropped: list[str] = []
+        self.broken: list[str] = []
         self.moved = 0
+        self.layout = load_layout(task.layout, base_dir)
 
     def build(self) -> None:
         """Write the task's files into the folder. Raises `InputError`."""
-        parts: dict[Part, list[_Item]] = {"train": self._read("train", self.task.train)}
-        self._refuse_empty(parts["train"], "train")
+        parts: dict[Part, list[_Item]] = {"train": []}
+        if self.task.train is None and not isinstance(self.task.test, str):
+            raise InputError("names no training data and no test data", where=self.task.name)
+        if self.task.train is not None:
+            parts["train"] = self._read("train", self.task.train)
+            self._refuse_empty(parts["train"], "train")
         for part, source in self._other_sources().items():
             items = self._read(part, source)
             if items or source != self.task.train:
@@ -66,12 +74,17 @@ class Builder:
         for part in PARTS:
             if part in parts:
                 samples[part] = [self._finish(item, part, names) for item in parts[part]]
-                self._refuse_empty(samples[part], part)
+                if part != "train" or self.task.train is not None:
+                    self._refuse_empty(samples[part], part)
                 set_image_ids(samples[part], {names[path]: facts.sha256 for path, facts in images.items()})
         self._check_answers(samples)
         self._note_shared_images(samples, {names[path]: facts.sha256 for path, facts in images.items()})
         if self.moved:
             self.notes.append(f"{self.moved} samples show images inside or after a question: they now come first")
+        if self.broken:
+            self.notes.append(
+                f"{len(self.broken)} stretches that are not JSON passed over; the first: {self.broken[0]}"
+            )
         if self.dropped:
             self.notes.append(f"{len(self.dropped)} bad samples dropped; the first: {self.dropped[0]}")
         write_task(
@@ -101,7 +114,7 @@ class Builder:
 
     def _other_sources(self) -> dict[Part, str]:
         """Sources of the validation and test parts. A reader of the training part is asked for those not named."""
-        default = self.task.train if is_function(self.task.train) else None
+        default = self.task.train if self.task.train and is_function(self.task.train) else None
         named = {
             "validation": self.task.validation or default,
             "test": default if self.task.test is None else self.task.test,
@@ -117,9 +130,23 @@ class Builder:
         root = Path(os.path.abspath(root))
         self.roots.append(root)
         items: list[_Item] = []
-        for where, row in read_rows(source, part, self.base_dir):
+        place = left_out = 0
+        answers = Answers(self.base_dir / self.task.answers) if self.task.answers and part == "test" else None
+        on_broken = self.broken.append if self.prepare.on_bad == "drop" else None
+        rows = read_rows(source, part, self.base_dir, unwrap=self.layout.rows, on_broken=on_broken)
+        for place, (where, raw) in enumerate(rows, 1):
             with self._sample():
+                row = self.layout.read(raw, part, where)
+                if row is None:
+                    left_out += 1
+                    continue
+                if answers:
+                    row = answers.give(row, place, where)
                 items.append(self._item(parse_row(row, where), root))
+        if answers:
+            answers.check_places(place)
+        if left_out:
+            self.notes.append(f"{part}: {left_out} rows belong to another part of the data (layout {self.task.layout})")
         return items
 
     def _item(self, raw: RawSample, root: Path) -> _Item:
@@ -129,7 +156,7 @@ class Builder:
                 name = inside(image, root, raw.where)
                 paths.append(root / name)
                 self.looked_at.append(root / name)
-                if not paths[-1].is_file():
+                if not os.path.isfile(paths[-1]):  # Path.is_file() raises where a name is too long
                     remedy = "Set `images:` of the task to the folder that image paths are relative to"
                     raise InputError(f"no such image: {paths[-1]}", where=raw.where, field="image", remedy=remedy)
             else:
@@ -161,7 +188,7 @@ class Builder:
 
     def _choose_style(self, parts: dict[Part, list[_Item]]) -> Style:
         """The task's style: the recipe's, else the rows' most common, else inferred for those that name none."""
-        train = [item.sample for item in parts["train"]]
+        train = [item.sample for item in parts["train"] or parts["test"]]
         style = self.task.style
         if style is None:
             unnamed = [sample for sample in train if not sample["style"]]

@@ -31,6 +31,7 @@ from .arguments import check_stage, processes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
+from .schedule import trained_in
 from .trainer import FiniteLoss, ReallyDistributed
 
 if TYPE_CHECKING:
@@ -122,8 +123,14 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     previous = before_dir / before.path if before.path else None
     output = stages / f".{stage.folder}.partial"
 
-    tasks = {name: read_task(run_dir / "data" / name) for name in stage.tasks}
-    samples = [sample for name in stage.tasks for sample in _samples(run_dir / "data" / name, tasks[name])]
+    tasks = {name: read_task(run_dir / "data" / name) for name in (*stage.tasks, *stage.visitors)}
+    samples = [
+        sample
+        for name, task in tasks.items()
+        for sample in trained_in(
+            _samples(run_dir / "data" / name, task), k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed
+        )
+    ]
     methods = build_methods(recipe.method, stage.train)
     for method in methods:
         samples = method.data(stage, samples)

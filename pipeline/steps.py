@@ -166,7 +166,7 @@ class Run:
 
         def limit(task: TaskConfig) -> int | None:
             """The tokens that fit in every stage that trains the task; None: only the model's context limits them."""
-            limits = [stage.train.max_length for stage in recipe.stages if task.name in stage.tasks]
+            limits = [stage.train.max_length for stage in recipe.stages if task.name in (*stage.tasks, *stage.visitors)]
             return min((limit for limit in limits if limit is not None), default=None)
 
         def work(show: Show, lock: int) -> Facts:
@@ -202,7 +202,8 @@ class Run:
             entering = before.done()
             if entering is None:
                 return None
-            row0, tasks = read_serving(self.stage_dir(0)), {name: self.task(name) for name in stage.tasks}
+            row0 = read_serving(self.stage_dir(0))
+            tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
             other = "rft" if stage.train.paradigm == "sft" else "sft"
             return {
                 "stage": stage.k,
@@ -211,6 +212,7 @@ class Run:
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
                 "data": {name: task["train_hash"] for name, task in tasks.items()},
+                **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
