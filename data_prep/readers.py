@@ -6,12 +6,13 @@ import importlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from .errors import InputError
-from .files import hash_files, read_text
+from .files import hash_files
+from .json_list import iter_json_list
 
 Part = Literal["train", "validation", "test"]
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -22,10 +23,13 @@ def is_function(source: str) -> bool:
     return _FUNCTION.fullmatch(source) is not None
 
 
-def read_rows(source: str, part: Part, base_dir: Path) -> Iterator[tuple[str, Any]]:
+def read_rows(
+    source: str, part: Part, base_dir: Path, *, on_broken: Callable[[InputError], None] | None = None
+) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) of a data file (relative to `base_dir`) or reader; a bad file as a whole is an `InputError`.
 
-    JSON lines and Parquet are streamed; a JSON list is read at once.
+    Every kind of file is streamed. With `on_broken`, a line of JSON lines that is none is passed over, and reported to
+    it.
     """
     if is_function(source):
         index, rows = 0, load_function(source, base_dir)
@@ -43,9 +47,9 @@ def read_rows(source: str, part: Part, base_dir: Path) -> Iterator[tuple[str, An
     if kind == "parquet":
         yield from _parquet_rows(path)
     elif kind == "list":
-        yield from ((f"{path}: sample {index}", row) for index, row in enumerate(_json_list(path), 1))
+        yield from ((f"{path}: sample {index}", row) for index, row in enumerate(iter_json_list(path), 1))
     else:
-        yield from iter_jsonl(path)
+        yield from iter_jsonl(path, on_broken)
 
 
 def source_identity(source: str, base_dir: Path) -> str:
@@ -83,25 +87,42 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
     return cast(Callable[..., Any], function)
 
 
-def iter_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def iter_jsonl(path: Path, on_broken: Callable[[InputError], None] | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (where, value) for each line of a JSONL file, one in memory at a time; blank lines are skipped.
 
-    Lines end at line feeds alone: other Unicode separators may stand inside a JSON string.
+    Lines end at line feeds alone: other Unicode separators may stand inside a JSON string. A line that is no JSON is an
+    `InputError`; with `on_broken` it is passed over, and reported to it.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                text = _decoded(line, path, number)
                 if text:
-                    yield f"{path}:{number}", json.loads(text)
-            except UnicodeDecodeError:
-                raise InputError("is not UTF-8", where=f"{path}:{number}", remedy="Save it as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"malformed JSON: {error.msg}",
-                    where=f"{path}:{number}:{error.colno}",
-                    remedy="A data file is a JSON list of samples, one JSON object a line, or Parquet",
-                ) from None
+                    yield f"{path}:{number}", _parsed(text, path, number)
+            except InputError as error:
+                if on_broken is None:
+                    raise
+                on_broken(error)
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8", where=f"{path}:{number}", remedy="Save it as UTF-8") from None
+
+
+def _parsed(text: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"malformed JSON: {error.msg}",
+            where=f"{path}:{number}:{error.colno}",
+            remedy="A data file is a JSON list of samples, one JSON object a line, or Parquet",
+        ) from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
+        raise InputError(f"malformed JSON: {error}", where=f"{path}:{number}") from None
 
 
 def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
@@ -119,17 +140,6 @@ def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
     if not text:
         raise InputError("is empty", where=path)
     return "list" if text.startswith(b"[") else "lines"
-
-
-def _json_list(path: Path) -> Iterable[Any]:
-    try:
-        return cast(list[Any], json.loads(read_text(path).removeprefix("\ufeff")))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"malformed JSON: {error.msg}",
-            where=f"{path}:{error.lineno}:{error.colno}",
-            remedy="The file may be half-written: fetch it again",
-        ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
