@@ -36,7 +36,7 @@ class Item:
 class Builder:
     """One preparation of a task, into an empty folder. `looked_at` are the image files that it depends on.
 
-    Under `on_bad: drop`, `dropped` says why samples were.
+    Under `on_bad: drop`, `dropped` says why samples were, and `broken` which lines of the files are no JSON.
     """
 
     def __init__(self, task: TaskConfig, prepare: PrepareConfig, base_dir: Path, folder: Path):
@@ -45,6 +45,7 @@ class Builder:
         self.roots: list[Path] = []
         self.notes: list[str] = []
         self.dropped: list[InputError] = []
+        self.broken: list[InputError] = []
         self.moved = 0
         self.located: dict[tuple[Path, str], tuple[str, Path]] = {}  # name and file of images, by root and as written
 
@@ -76,6 +77,8 @@ class Builder:
         self._note_shared_images(samples, {names[path]: facts.sha256 for path, facts in images.items()})
         if self.moved:
             self.notes.append(f"{self.moved} samples show images inside or after a question: they now come first")
+        if self.broken:
+            self.notes.append(f"{len(self.broken)} lines that are not JSON passed over; the first: {self.broken[0]}")
         if self.dropped:
             self.notes.append(f"{len(self.dropped)} bad samples dropped; the first: {self.dropped[0]}")
         write_task(
@@ -121,7 +124,8 @@ class Builder:
                 raise InputError("no such folder", where=root, field="images")
         root = Path(os.path.abspath(root))
         self.roots.append(root)
-        for where, row in read_rows(source, part, self.base_dir):
+        on_broken = self.broken.append if self.prepare.on_bad == "drop" else None
+        for where, row in read_rows(source, part, self.base_dir, on_broken=on_broken):
             item = None
             with self._sample():
                 item = self._item(parse_row(row, where), root)

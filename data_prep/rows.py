@@ -12,6 +12,7 @@ from PIL import Image
 from .errors import InputError
 from .schema import Message, Reasoning, Style
 
+_LONGEST_TURN = 1_000_000  # characters: what no model's context holds, and patterns would be slow on
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -107,6 +108,8 @@ class _Turns:
         role = _ROLES[role]
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")
         text = self._text(content, field)
+        if len(text) > _LONGEST_TURN:
+            raise InputError(f"{len(text)} characters in one turn", where=self.where, field=field)
         if "<video>" in text:
             raise _no_video(self.where)
         if role == "user":

@@ -154,6 +154,11 @@ class Recipe(Config):
         """The task called `name`."""
         return next(task for task in self.tasks if task.name == name)
 
+    def max_length(self, name: str) -> int | None:
+        """The tokens that fit in every stage that trains a task; None: only the model's context limits them."""
+        limits = [stage.train.max_length for stage in self.stages if name in stage.tasks]
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def _stage(self, k: int, entry: list[TaskConfig | str]) -> Stage:
         names = [task if isinstance(task, str) else task.name for task in entry]
         train = Layers(self.train.model_dump())
