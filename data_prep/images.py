@@ -127,7 +127,7 @@ def store_image(image: Image.Image | bytes, folder: Path, where: str) -> str:
             with Image.open(io.BytesIO(image)) as opened:
                 extension = (opened.format or "img").lower().replace("jpeg", "jpg")
         except UNREADABLE as error:
-            raise unreadable(where, error) from None
+            raise unreadable(where, error, "image") from None
         name, data = f"{hashlib.sha256(image).hexdigest()[:32]}.{extension}", image
     else:
         rgb, buffer = to_rgb(image), io.BytesIO()
@@ -150,12 +150,13 @@ def read_image(path: Path) -> bytes:
         raise unreadable(path, error) from None
 
 
-def unreadable(where: object, error: Exception) -> InputError:
+def unreadable(where: object, error: Exception, field: str = "") -> InputError:
     """What to say of an image that Pillow could not decode."""
     # PIL's own words name memory addresses ("<_io.BytesIO object at 0x…>"), which say nothing to a user.
     reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
     return InputError(
         f"the image cannot be decoded: {reason}",
         where=where,
+        field=field,
         remedy="Replace the file, or set prepare.on_bad: drop",
     )

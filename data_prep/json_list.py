@@ -71,7 +71,8 @@ class _Text:
             except (RecursionError, ValueError) as error:
                 self.fail(str(error))
             else:
-                if self.ended or end < len(self.text):  # else a number may go on
+                closed = self.text[end - 1] in '"]}'
+                if closed or self.ended or end + _LONGEST_TOKEN <= len(self.text):  # else a number may go on
                     self.at = end
                     return value
             self.more()

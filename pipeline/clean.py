@@ -57,8 +57,9 @@ def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
             write_jsonl(path, _rows(scan, part, bad, files))
             written[part] = str(path.resolve())
             lines.append(f"{left} of {scan.samples[part]} samples of {scan.name} {part}: {path} (--images {root})")
-        kept = scan.task.model_dump(include=set(_KEPT))
-        tasks[scan.name] = TaskConfig(**kept, **written, images=str(root))
+        if scan.whole:
+            kept = scan.task.model_dump(include=set(_KEPT))
+            tasks[scan.name] = TaskConfig(**kept, **written, images=str(root))
     write_jsonl(out / "dropped.jsonl", [*dropped, *unread])
     lines.append(f"{len(dropped) + len(unread)} left out: {out / 'dropped.jsonl'}")
     for recipe in verified.recipes:

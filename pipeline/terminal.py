@@ -96,10 +96,11 @@ class Terminal:
         self.console.print(table)
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table whose columns after the first are figures; nothing where there is nothing (None)."""
+        """A table; a column of figures is set flush right, and nothing stands where there is nothing (None)."""
         table = self._table(title)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left")
+            figures = all(isinstance(row[index], int | None) for row in rows)
+            table.add_column(column, justify="right" if figures else "left")
         for row in rows:
             table.add_row(*("" if value is None else str(value) for value in row))
         self.console.print(table)

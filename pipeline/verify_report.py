@@ -45,19 +45,17 @@ def make_report(verified: Verified, strict: bool) -> dict[str, Any]:
 
 def show_report(verified: Verified, report: dict[str, Any], terminal: Terminal) -> None:
     """Tables, the first problems of each kind, and the verdict."""
-    kinds = [kind for kind in SEVERITY if any(kind in row["problems"] for row in report["parts"])]
-    counted = any(row["tokens"] for row in report["parts"])
     terminal.table(
         "verified",
-        ["task", "part", "samples", "images", *(["longest"] if counted else []), *kinds],
+        ["task", "part", "samples", "images", "tokens", "problems"],
         [
             [
                 row["task"],
                 row["part"],
                 row["samples"],
                 row["images"],
-                *([row["tokens"]["max"] if row["tokens"] else None] if counted else []),
-                *(row["problems"].get(kind) for kind in kinds),
+                f"up to {row['tokens']['max']}" if row["tokens"] else "not counted",
+                ", ".join(f"{count} {kind}" for kind, count in row["problems"].items()) or "none",
             ]
             for row in report["parts"]
         ],

@@ -112,7 +112,7 @@ def _check_pictures(scan: Scan) -> None:
         links: dict[Path, list[int]] = {}
         for number in sorted(numbers):
             path, picture = scan.pictures.paths[number], scan.pictures.found[number]
-            for root in scan.builder.roots:
+            for root in dict.fromkeys(scan.builder.roots):
                 if link := leads_out(path, root):
                     links.setdefault(link, []).append(number)
             if not isinstance(picture, InputError):

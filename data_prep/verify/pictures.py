@@ -148,7 +148,7 @@ def _alike(one: int, other: int, pictures: Pictures) -> bool:
     if abs(width * other_height / (other_width * height) - 1) > _ASPECT:
         return False
     # Cells of four pixels and more: what a change of size does to edges averages out.
-    cells = min(128, max(32, min(width, height, other_width, other_height) // 4))
+    cells = min(128, max(16, min(width, height, other_width, other_height) // 4))
     first, second = (_reduced(pictures.paths[number], cells) for number in (one, other))
     return int(np.abs(first - second).max()) <= ALIKE
 

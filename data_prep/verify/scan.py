@@ -98,6 +98,7 @@ class Scan:
                         if self.samples[part] % _EVERY == 0:
                             show(f"{self.name}: {self.samples[part]} samples of {part} read")
                 except InputError as error:
+                    self._report(part)
                     self.findings.add("file", error, task=self.name, part=part)
                 self._report(part)
                 if not self.samples[part] and (part == "train" or source != self.task.train):

@@ -54,16 +54,16 @@ def find_twins(scan: Scan, pictures: Pictures) -> None:
             if first is entry:
                 continue
             record, earlier = scan.record(entry.offset), scan.record(first.offset)
-            what = "images, question" if entry.images else "question"
+            images = "images, " if entry.images else ""
             if first.answer == entry.answer:
-                problem = f"the same {what} and answer as {earlier.where}"
+                problem = f"the same {images}question and answer as {earlier.where}"
                 scan.complain("duplicate", problem, record, remedy="Leave one of them out")
             elif entry.style not in _FREE_TEXT:
                 one, other = (final_answer(found.sample["completion"])[:60] for found in (record, earlier))
                 culprits = [Ref(scan.number, offset) for offset in (entry.offset, first.offset)]
                 scan.complain(
                     "conflict",
-                    f"the same {what} as {earlier.where}, but the answer {one!r} instead of {other!r}",
+                    f"the same {images}question as {earlier.where}, but the answer {one!r} instead of {other!r}",
                     record,
                     field="answer",
                     remedy="Correct one of them, or leave both out",
