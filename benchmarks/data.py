@@ -4,7 +4,7 @@
 
 Makes a LLaVA JSON file of synthetic questions (numbers, and letters with options, on drawn JPEG images of 160×120
 pixels) in OUT, once, then runs each command in a process of its own with a fresh cache, and prints and writes
-(`OUT/data.json`) seconds, samples a second and peak memory: the largest resident set of one process, and of all
+(`OUT/data.json`) seconds, CPU seconds, samples a second and peak memory: the largest resident set of one process, and of all
 processes of the command together, sampled ten times a second.
 """
 
@@ -68,7 +68,7 @@ def draw(path: Path, rng: random.Random) -> None:
 def measure(command: list[str], cache: Path) -> dict[str, float]:
     """Run `mcit …`; seconds, and peak memory in MB of the largest and of all processes."""
     environment = os.environ | {"MCIT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
-    start = time.monotonic()
+    start, before = time.monotonic(), os.times()
     process = subprocess.Popen([sys.executable, "-c", MCIT, *command], env=environment)
     peak = {"largest": 0.0, "together": 0.0}
 
@@ -83,7 +83,9 @@ def measure(command: list[str], cache: Path) -> dict[str, float]:
     watcher.start()
     code = process.wait()
     watcher.join()
-    return {"seconds": time.monotonic() - start, "exit": code, **peak}
+    after = os.times()
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": time.monotonic() - start, "cpu_seconds": cpu, "exit": code, **peak}
 
 
 def family(pid: int) -> list[int]:
@@ -137,7 +139,8 @@ def main() -> None:
         results[name] = {key: round(value, 1) for key, value in found.items()}
         rate = arguments.samples / found["seconds"]
         print(
-            f"{name:14} exit {found['exit']}  {found['seconds']:6.1f} s  {rate:8.0f} samples/s  "
+            f"{name:14} exit {found['exit']}  {found['seconds']:6.1f} s  {found['cpu_seconds']:6.1f} s of CPU  "
+            f"{rate:8.0f} samples/s  "
             f"largest process {found['largest']:5.0f} MB  all {found['together']:5.0f} MB",
             flush=True,
         )

@@ -7,11 +7,12 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from .errors import InputError
-from .files import hash_json, write_json, write_jsonl
+from .files import hash_json, hash_rows, write_json, write_jsonl
 from .identity import choose_groups, give_ids, rank, set_image_ids, split_keys
 from .images import ImageFacts, inside, inspect_images, store_image
 from .readers import Part, is_function, read_rows
@@ -24,7 +25,7 @@ _DEFAULT_TEST_SHARE = 0.1
 ENOUGH_TO_INFER = 2000  # samples looked at to infer a style
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Item:
     """A sample on its way: `sample["images"]` are names relative to its image folder, `paths` where the files are."""
 
@@ -333,7 +334,7 @@ def write_task(
         write_jsonl(folder / f"{part}.jsonl", rows)
     write_json(folder / "images.json", images)
     hashes = {
-        part: hash_json([rows, {name: images[name].sha256 for row in rows for name in row["images"]}])
+        part: hash_rows(chain(rows, [{name: images[name].sha256 for row in rows for name in row["images"]}]))
         for part, rows in samples.items()
     }
     write_json(

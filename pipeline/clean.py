@@ -22,6 +22,12 @@ from .verify import Verified
 _KEPT = ("name", "style", "reasoning", "scorer", "reward", "format", "overrides")
 
 
+def check_target(out: Path) -> None:
+    """Refuse a folder that holds anything but an earlier clean copy, such as the data themselves."""
+    if out.exists() and not (out / "dropped.jsonl").exists() and any(out.iterdir()):
+        raise InputError("is not empty", where=out, field="--drop-bad", remedy="Name a new folder")
+
+
 def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
     """Write what nothing speaks against to `out` as JSON lines (TRL's prompt and completion), and say what was done.
 
@@ -29,6 +35,7 @@ def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
     Images stay where they are, and paths stay relative to their folder; images that have no file are written to
     `images/`. `dropped.jsonl` says what was left out and why. Raises `InputError` if nothing is left of a part.
     """
+    check_target(out)
     if len(verified.recipes) > 1:
         raise InputError("one recipe at a time", where="mcit verify", field="--drop-bad")
     bad: dict[Ref, list[str]] = defaultdict(list)
@@ -59,7 +66,7 @@ def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
             lines.append(f"{left} of {scan.samples[part]} samples of {scan.name} {part}: {path} (--images {root})")
         if scan.whole:
             kept = scan.task.model_dump(include=set(_KEPT))
-            tasks[scan.name] = TaskConfig(**kept, **written, images=str(root))
+            tasks[scan.name] = TaskConfig.model_validate({**kept, **written, "images": str(root)})
     write_jsonl(out / "dropped.jsonl", [*dropped, *unread])
     lines.append(f"{len(dropped) + len(unread)} left out: {out / 'dropped.jsonl'}")
     for recipe in verified.recipes:

@@ -381,11 +381,13 @@ def verify(
 
     from mcit.data_prep.files import write_json
 
-    from .clean import write_clean
+    from .clean import check_target, write_clean
     from .terminal import Terminal
     from .verify import verify as verify_data
     from .verify_report import make_report, show_report
 
+    if drop_bad:
+        check_target(drop_bad)
     terminal = Terminal(Console(stderr=True, highlight=False, soft_wrap=True) if as_json else None)
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(terminal.working("verify"))

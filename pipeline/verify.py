@@ -120,6 +120,11 @@ def _wanted(
     wanted += [_file(entry, "test", images, base, max_length) for entry in tests]
     if not wanted:
         raise InputError("names no recipe and no data file", where="mcit verify")
+    if overrides and not recipes:
+        raise InputError("changes a recipe, and none is named", where="mcit verify", field=overrides[0])
+    if (images or model or max_length) and all(one.sources is None for one in wanted):
+        problem = "--images, --model and --max-length are for data files: a recipe says these itself"
+        raise InputError(problem, where="mcit verify")
     return _with_names(wanted), recipes
 
 

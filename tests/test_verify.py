@@ -14,9 +14,12 @@ import pytest
 from PIL import Image, ImageDraw
 
 import mcit.recipes
+from mcit.data_prep import images
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.images import map_images
 from mcit.data_prep.prepare import prepare_task, read_samples
 from mcit.data_prep.schema import PrepareConfig, TaskConfig
-from mcit.data_prep.verify.pictures import Pictures, leads_out, near
+from mcit.data_prep.verify.pictures import Pictures, leads_out, look_at, near
 from mcit.data_prep.verify.problems import Problem
 from mcit.data_prep.verify.texts import normal
 from mcit.pipeline import cli
@@ -485,6 +488,34 @@ def test_files_without_a_recipe(data: Path, monkeypatch, capsys) -> None:
     assert all(part["tokens"] for part in report["parts"])
     assert len((data / "clean" / "train.jsonl").read_text().splitlines()) == 13
     assert mcit(monkeypatch, data / "clean" / "train.jsonl", "--images", data / "img") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train.json", "seed=1"], "mcit verify: seed=1: changes a recipe, and none is named"),
+        (["r.yaml", "--images", "img"], "mcit verify: --images, --model and --max-length are for data files"),
+        (["r.yaml", "--drop-bad", "img"], "img: --drop-bad: is not empty. Name a new folder"),
+        (["r.yaml", "stream.t.scorer=nubmer"], "unknown scorer 'nubmer'. Did you mean number?"),
+        ([], "mcit verify: names no recipe and no data file"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], line: str, data: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(data)
+    assert mcit(monkeypatch, *arguments) == 2
+    assert line in capsys.readouterr().err or not arguments
+
+
+def test_images_are_the_same_in_processes(data: Path, monkeypatch) -> None:
+    (data / "img" / "3.png").write_bytes(b"no image")
+    paths = [data / "img" / f"{number}.png" for number in range(16)]
+    alone = [str(found) for found in map_images(look_at, paths)]
+    monkeypatch.setattr(images, "_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert [str(found) for found in map_images(look_at, paths)] == alone
+    facts = images.inspect_images(paths)
+    error = facts[paths[3]]
+    assert isinstance(error, InputError) and error.where == str(paths[3]) and "Pillow knows" in error.problem
 
 
 def test_images_inside_a_file_are_written_beside_the_clean_copy(data: Path) -> None:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..images import ImageFacts
 from ..readers import Part
 from ..schema import Sample, Style
-from ..styles import split_reasoning
+from ..styles import parse, split_reasoning
 from .pictures import Pictures, leads_out
 from .problems import Ref, Severity
 from .scan import Entry, Record, Scan
@@ -155,10 +155,9 @@ def _showing(scan: Scan, part: Part, numbers: list[int]) -> list[Ref]:
 
 
 def _has_reference(sample: Sample) -> bool:
-    if sample["style"] not in _CLOSED:
-        return True
-    turns = [{"role": "assistant", "content": reference} for reference in sample["references"]]
-    return any(has_form({**sample, "completion": [turn]}) for turn in turns)  # type: ignore[typeddict-item]
+    """Whether a reference has the form of the sample's style, if that is one that scoring reads strictly."""
+    style, options = sample["style"], sample["meta"].get("options")
+    return style not in _CLOSED or any(parse(style, text, options=options).format_ok for text in sample["references"])
 
 
 def _shown(text: str) -> str:

@@ -78,9 +78,11 @@ class Findings:
         """One more problem; an `InputError` brings its own place and remedy, which the arguments override."""
         if isinstance(problem, InputError):
             where, field = where or problem.where, field or problem.field
-            problem, remedy = problem.problem, remedy or problem.remedy
+            text, remedy = problem.problem, remedy or problem.remedy
+        else:
+            text = problem
         level = severity or SEVERITY[kind]
-        self.problems.append(Problem(kind, level, task, part, sample, where, field, problem, remedy, tuple(culprits)))
+        self.problems.append(Problem(kind, level, task, part, sample, where, field, text, remedy, tuple(culprits)))
 
     def counts(self, task: str, part: str) -> Counter[Kind]:
         """Problems of a part by kind."""

@@ -152,7 +152,7 @@ class Scan:
 
     def _record(self, offset: int, line: bytes) -> Record:
         value: dict[str, Any] = json.loads(line)
-        part = "test" if offset in self.held_out else value["part"]
+        part: Part = "test" if offset in self.held_out else value["part"]
         return Record(offset, part, value["where"], value["images"], value["sample"])
 
     def _report(self, part: Part) -> None:
