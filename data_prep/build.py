@@ -7,13 +7,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
 from .errors import InputError
-from .files import hash_json, write_json, write_jsonl
+from .files import hash_json, hash_rows, write_json, write_jsonl
 from .gold import Answers
-from .identity import connect, give_ids, rank, set_image_ids
+from .identity import choose_groups, give_ids, rank, set_image_ids, split_keys
 from .images import ImageFacts, inside, inspect_images, store_image
 from .layouts import load_layout
 from .readers import Part, is_function, read_rows
@@ -23,11 +24,11 @@ from .styles import default_scorer, infer_style, parse, split_prompt, split_reas
 
 PARTS: tuple[Part, ...] = ("train", "validation", "test")
 _DEFAULT_TEST_SHARE = 0.1
-_ENOUGH_TO_INFER = 2000  # samples looked at to infer a style
+ENOUGH_TO_INFER = 2000  # samples looked at to infer a style
 
 
-@dataclasses.dataclass
-class _Item:
+@dataclasses.dataclass(slots=True)
+class Item:
     """A sample on its way: `sample["images"]` are names relative to its image folder, `paths` where the files are."""
 
     sample: Sample
@@ -36,34 +37,38 @@ class _Item:
 
 
 class Builder:
-    """One preparation of a task, into an empty folder. `looked_at` are the image files that it depends on."""
+    """One preparation of a task, into an empty folder. `looked_at` are the image files that it depends on.
+
+    Under `on_bad: drop`, `dropped` says why samples were, and `broken` which lines of the files are no JSON.
+    """
 
     def __init__(self, task: TaskConfig, prepare: PrepareConfig, base_dir: Path, folder: Path):
         self.task, self.prepare, self.base_dir, self.folder = task, prepare, base_dir, folder
         self.looked_at: list[Path] = []
         self.roots: list[Path] = []
         self.notes: list[str] = []
-        self.dropped: list[str] = []
-        self.broken: list[str] = []
+        self.dropped: list[InputError] = []
+        self.broken: list[InputError] = []
         self.moved = 0
+        self.located: dict[tuple[Path, str], tuple[str, Path]] = {}  # name and file of images, by root and as written
         self.layout = load_layout(task.layout, base_dir)
 
     def build(self) -> None:
         """Write the task's files into the folder. Raises `InputError`."""
-        parts: dict[Part, list[_Item]] = {"train": []}
+        parts: dict[Part, list[Item]] = {"train": []}
         if self.task.train is None and not isinstance(self.task.test, str):
             raise InputError("names no training data and no test data", where=self.task.name)
         if self.task.train is not None:
-            parts["train"] = self._read("train", self.task.train)
+            parts["train"] = list(self.read("train", self.task.train))
             self._refuse_empty(parts["train"], "train")
-        for part, source in self._other_sources().items():
-            items = self._read(part, source)
+        for part, source in self.other_sources().items():
+            items = list(self.read(part, source))
             if items or source != self.task.train:
                 self._refuse_empty(items, part)
                 parts[part] = items
         for items in parts.values():
             give_ids([item.sample for item in items])
-        style = self._choose_style(parts)
+        style = self.choose_style(parts)
         if "test" not in parts:
             self._split_off_test(parts)
         self._limit(parts)
@@ -110,9 +115,9 @@ class Builder:
         except InputError as error:
             if self.prepare.on_bad == "error":
                 raise
-            self.dropped.append(str(error))
+            self.dropped.append(error)
 
-    def _other_sources(self) -> dict[Part, str]:
+    def other_sources(self) -> dict[Part, str]:
         """Sources of the validation and test parts. A reader of the training part is asked for those not named."""
         default = self.task.train if self.task.train and is_function(self.task.train) else None
         named = {
@@ -121,7 +126,8 @@ class Builder:
         }
         return {part: source for part in PARTS if isinstance(source := named.get(part), str)}
 
-    def _read(self, part: Part, source: str) -> list[_Item]:
+    def read(self, part: Part, source: str) -> Iterator[Item]:
+        """The samples of a source, one at a time; their styles, ids and image identities are still to be given."""
         root = self.base_dir if is_function(source) else (self.base_dir / source).parent
         if self.task.images is not None:
             root = self.base_dir / self.task.images
@@ -129,12 +135,12 @@ class Builder:
                 raise InputError("no such folder", where=root, field="images")
         root = Path(os.path.abspath(root))
         self.roots.append(root)
-        items: list[_Item] = []
         place = left_out = 0
         answers = Answers(self.base_dir / self.task.answers) if self.task.answers and part == "test" else None
         on_broken = self.broken.append if self.prepare.on_bad == "drop" else None
         rows = read_rows(source, part, self.base_dir, unwrap=self.layout.rows, on_broken=on_broken)
         for place, (where, raw) in enumerate(rows, 1):
+            item = None
             with self._sample():
                 row = self.layout.read(raw, part, where)
                 if row is None:
@@ -142,27 +148,24 @@ class Builder:
                     continue
                 if answers:
                     row = answers.give(row, place, where)
-                items.append(self._item(parse_row(row, where), root))
+                item = self._item(parse_row(row, where), root)
+            if item is not None:
+                yield item
         if answers:
             answers.check_places(place)
         if left_out:
             self.notes.append(f"{part}: {left_out} rows belong to another part of the data (layout {self.task.layout})")
-        return items
 
-    def _item(self, raw: RawSample, root: Path) -> _Item:
+    def _item(self, raw: RawSample, root: Path) -> Item:
         names, paths = [], []
         for image in raw.images:
             if isinstance(image, str):
-                name = inside(image, root, raw.where)
-                paths.append(root / name)
-                self.looked_at.append(root / name)
-                if not os.path.isfile(paths[-1]):  # Path.is_file() raises where a name is too long
-                    remedy = "Set `images:` of the task to the folder that image paths are relative to"
-                    raise InputError(f"no such image: {paths[-1]}", where=raw.where, field="image", remedy=remedy)
+                name, path = self.located.get((root, image)) or self._locate(image, root, raw.where)
             else:
                 name = f"images/{store_image(image, self.folder / 'images', raw.where)}"
-                paths.append(self.folder / name)
+                path = self.folder / name
             names.append(name)
+            paths.append(path)
         self.moved += raw.moved
         for message in [*raw.prompt, *raw.completion]:
             if message["role"] == "user" and self.task.format and not message["content"].endswith(self.task.format):
@@ -173,7 +176,7 @@ class Builder:
             "images": names,
             "prompt": raw.prompt,
             "completion": raw.completion,
-            "references": raw.references or [_final_answer(raw.completion)],
+            "references": raw.references or [final_answer(raw.completion)],
             "style": raw.style or self.task.style or cast(Style, ""),
             "reasoning": raw.reasoning or self.task.reasoning,
             "meta": raw.meta,
@@ -184,29 +187,36 @@ class Builder:
             json.dumps(sample, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"cannot be written as JSON ({error})", where=raw.where) from None
-        return _Item(sample, paths, raw.where)
+        return Item(sample, paths, raw.where)
 
-    def _choose_style(self, parts: dict[Part, list[_Item]]) -> Style:
+    def _locate(self, image: str, root: Path, where: str) -> tuple[str, Path]:
+        """The image's name relative to `root`, and its file."""
+        name = inside(image, root, where)
+        path = root / name
+        self.looked_at.append(path)
+        if not os.path.isfile(path):  # Path.is_file() raises where a name is too long
+            remedy = "Set `images:` of the task to the folder that image paths are relative to"
+            raise InputError(f"no such image: {path}", where=where, field="image", remedy=remedy)
+        self.located[root, image] = name, path
+        return name, path
+
+    def choose_style(self, parts: dict[Part, list[Item]]) -> Style:
         """The task's style: the recipe's, else the rows' most common, else inferred for those that name none."""
         train = [item.sample for item in parts["train"] or parts["test"]]
         style = self.task.style
         if style is None:
             unnamed = [sample for sample in train if not sample["style"]]
             if unnamed:
-                looked_at = unnamed[:: max(1, len(unnamed) // _ENOUGH_TO_INFER)]
-                questions = [_last_question(sample) for sample in looked_at]
-                style = infer_style([_final_answer(sample["completion"]) for sample in looked_at], questions)
+                looked_at = unnamed[:: max(1, len(unnamed) // ENOUGH_TO_INFER)]
+                questions = [last_question(sample) for sample in looked_at]
+                style = infer_style([final_answer(sample["completion"]) for sample in looked_at], questions)
                 self.notes.append(f"style inferred from the answers: {style}")
             else:
                 style = Counter(sample["style"] for sample in train).most_common(1)[0][0]
         formats = [self.task.format] if self.task.format else []
         for items in parts.values():
             for item in items:
-                item.sample["style"] = item.sample["style"] or style
-                if item.sample["style"] == "mcq" and "options" not in item.sample["meta"]:
-                    options = split_prompt(_last_question(item.sample), formats)[1]
-                    if options:
-                        item.sample["meta"]["options"] = options
+                give_style(item.sample, style, formats)
         return style
 
     def _choose_scorer(self, style: Style, samples: dict[Part, list[Sample]]) -> str:
@@ -216,37 +226,29 @@ class Builder:
         self.notes.append(f"scorer inferred from the style: {scorer}")
         return scorer
 
-    def _split_off_test(self, parts: dict[Part, list[_Item]]) -> None:
+    def _split_off_test(self, parts: dict[Part, list[Item]]) -> None:
         """Move a share of the images, with every sample that shows them, from train to test: the same ones always.
 
         Text-only samples are grouped by their question. Groups are taken in the order of their content's hash.
         """
-        share = _DEFAULT_TEST_SHARE if self.task.test is None else float(self.task.test)
-        if not 0 < share < 1:
-            raise InputError("is no share between 0 and 1 and no file", where=self.task.name, field="test")
+        share = test_share(self.task)
         facts = inspect_images((path for item in parts["train"] for path in item.paths), decode=False)
         parts["train"] = self._without_bad(parts["train"], facts)
         keys = []
         for item in parts["train"]:
-            key = [cast(ImageFacts, facts[path]).sha256 for path in item.paths] or [hash_json(item.sample["prompt"])]
-            named = item.sample["meta"].get("image_id")
-            keys.append(key if named is None else [*key, f"image_id {named}"])
-        groups = connect(keys)
-        order = sorted(set(groups), key=lambda group: rank(f"test {group}"))
-        if len(order) < 2:
-            remedy = "Give a test file"
-            raise InputError(
-                "all samples show one image: no test set can be split off", where=self.task.name, remedy=remedy
-            )
-        chosen = set(order[: min(len(order) - 1, max(1, round(share * len(order))))])
+            keys.append(split_keys(item.sample, [cast(ImageFacts, facts[path]).sha256 for path in item.paths]))
+        try:
+            groups, chosen = choose_groups(keys, share)
+        except InputError as error:
+            raise InputError(error.problem, where=self.task.name, remedy=error.remedy) from None
         parts["test"] = [item for item, group in zip(parts["train"], groups, strict=True) if group in chosen]
         parts["train"] = [item for item, group in zip(parts["train"], groups, strict=True) if group not in chosen]
         self.notes.append(
             f"no test set given: {len(parts['test'])} samples split off, "
-            f"those of {len(chosen)} of {len(order)} images or questions"
+            f"those of {len(chosen)} of {len(set(groups))} images or questions"
         )
 
-    def _limit(self, parts: dict[Part, list[_Item]]) -> None:
+    def _limit(self, parts: dict[Part, list[Item]]) -> None:
         """Keep at most `limit` samples a part (validation: as test), those with the smallest hash of their id."""
         limit_test = self.prepare.limit.test
         limits = {"train": self.prepare.limit.train, "validation": limit_test, "test": limit_test}
@@ -258,7 +260,7 @@ class Builder:
                 parts[part] = [item for item in items if item.sample["id"] in kept]
                 self.notes.append(f"{part}: limited to {limit} of {len(items)} samples")
 
-    def _check_images(self, parts: dict[Part, list[_Item]]) -> dict[Path, ImageFacts]:
+    def _check_images(self, parts: dict[Part, list[Item]]) -> dict[Path, ImageFacts]:
         """Decode every image of what is kept; samples with a bad one are refused or dropped."""
         facts = inspect_images(path for items in parts.values() for item in items for path in item.paths)
         for part, items in parts.items():
@@ -266,7 +268,7 @@ class Builder:
         used = {path for items in parts.values() for item in items for path in item.paths}
         return {path: cast(ImageFacts, facts[path]) for path in sorted(used)}
 
-    def _without_bad(self, items: list[_Item], facts: dict[Path, ImageFacts | InputError]) -> list[_Item]:
+    def _without_bad(self, items: list[Item], facts: dict[Path, ImageFacts | InputError]) -> list[Item]:
         good = []
         for item in items:
             with self._sample():
@@ -276,7 +278,7 @@ class Builder:
                 good.append(item)
         return good
 
-    def _place_images(self, parts: dict[Part, list[_Item]], images: dict[Path, ImageFacts]) -> Path:
+    def _place_images(self, parts: dict[Part, list[Item]], images: dict[Path, ImageFacts]) -> Path:
         """The folder that image paths are relative to: the data's own, or this one if some images had no file.
 
         Then the other images are copied here too, so that a task has one image folder. Changes paths in place.
@@ -298,7 +300,7 @@ class Builder:
                 path.unlink()
         return self.folder
 
-    def _finish(self, item: _Item, part: Part, names: dict[Path, str]) -> Sample:
+    def _finish(self, item: Item, part: Part, names: dict[Path, str]) -> Sample:
         """Set image paths; of a dialogue to be scored, the last answer is asked for and all before it is given."""
         sample = item.sample
         sample["images"] = [names[path] for path in item.paths]
@@ -315,9 +317,9 @@ class Builder:
     def _check_answers(self, samples: dict[Part, list[Sample]]) -> None:
         """Gold answers must have the form of their style, or strict scoring could not find anything right."""
         for part, rows in samples.items():
-            wrong = [sample for sample in rows if not _has_form(sample)]
+            wrong = [sample for sample in rows if not has_form(sample)]
             if len(wrong) > len(rows) / 2:
-                answer, style = _final_answer(wrong[0]["completion"]), wrong[0]["style"]
+                answer, style = final_answer(wrong[0]["completion"]), wrong[0]["style"]
                 raise InputError(
                     f"{len(wrong)} of {len(rows)} {part} answers do not have the form of style {style}",
                     where=self.task.name,
@@ -325,7 +327,7 @@ class Builder:
                     remedy="Name another `style:` for the task, or none to have it inferred",
                 )
             if wrong:
-                first = f"{wrong[0]['id']}: {_final_answer(wrong[0]['completion'])[:60]!r}"
+                first = f"{wrong[0]['id']}: {final_answer(wrong[0]['completion'])[:60]!r}"
                 self.notes.append(
                     f"{part}: {len(wrong)} answers do not have the form of their style; the first: {first}"
                 )
@@ -355,7 +357,7 @@ def write_task(
         write_jsonl(folder / f"{part}.jsonl", rows)
     write_json(folder / "images.json", images)
     hashes = {
-        part: hash_json([rows, {name: images[name].sha256 for row in rows for name in row["images"]}])
+        part: hash_rows(chain(rows, [{name: images[name].sha256 for row in rows for name in row["images"]}]))
         for part, rows in samples.items()
     }
     write_json(
@@ -370,16 +372,35 @@ def write_task(
     )
 
 
-def _final_answer(completion: list[Message]) -> str:
+def test_share(task: TaskConfig) -> float:
+    """The share of a task's images to split off as its test set. Raises `InputError`."""
+    share = _DEFAULT_TEST_SHARE if task.test is None else float(task.test)
+    if not 0 < share < 1:
+        raise InputError("is no share between 0 and 1 and no file", where=task.name, field="test")
+    return share
+
+
+def give_style(sample: Sample, style: Style, formats: Sequence[str]) -> None:
+    """Give a sample that names no style its task's, and an mcq the options that its question lists."""
+    sample["style"] = sample["style"] or style
+    if sample["style"] == "mcq" and "options" not in sample["meta"]:
+        options = split_prompt(last_question(sample), formats)[1]
+        if options:
+            sample["meta"]["options"] = options
+
+
+def final_answer(completion: list[Message]) -> str:
     """The last assistant turn's answer, without any thinking."""
     return split_reasoning(completion[-1]["content"], "think")[1]
 
 
-def _last_question(sample: Sample) -> str:
+def last_question(sample: Sample) -> str:
+    """The user turn that the last answer is to."""
     turns = [*sample["prompt"], *sample["completion"]]
     return [message["content"] for message in turns if message["role"] == "user"][-1]
 
 
-def _has_form(sample: Sample) -> bool:
+def has_form(sample: Sample) -> bool:
+    """Whether the gold answer has the form of the sample's style."""
     options = sample["meta"].get("options")
-    return parse(sample["style"], _final_answer(sample["completion"]), options=options).format_ok
+    return parse(sample["style"], final_answer(sample["completion"]), options=options).format_ok

@@ -1,6 +1,7 @@
 """Does every prepared sample fit a model: image placeholders and exact tokens, counted without building pixels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -8,9 +9,9 @@ from .build import PARTS
 from .chat import open_image, render_chat, tokenizer_options
 from .errors import InputError
 from .images import ImageFacts
-from .prepare import drop_samples, image_path, read_images, read_samples, read_task
+from .prepare import drop_samples, image_path, iter_samples, read_images, read_task
 from .readers import Part
-from .schema import PreparedTask, Sample
+from .schema import Sample
 
 _BATCH = 256  # texts tokenized at once
 
@@ -46,33 +47,27 @@ def check_samples(
     first sample that does not fit, unless `on_bad` is `drop`: then `Fit.bad` lists them.
     """
     task = read_task(path)
-    count = _Counter(processor, Path(path), task, read_images(path))
+    count = TokenCounter(processor, read_images(path), lambda name: image_path(path, task, name))
     lengths: dict[Part, Lengths] = {}
     bad: dict[Part, dict[str, str]] = {}
     for part in PARTS:
-        samples = read_samples(path, part)
-        if not samples:
-            continue
-        tokens: dict[str, int] = {}
+        found = Tally()
         bad[part] = {}
         limit, key = (max_length, "train.max_length") if part == "train" else (max_model_len, "eval.max_model_len")
-        for start in range(0, len(samples), _BATCH):
-            for sample, result in count(samples[start : start + _BATCH]):
-                if isinstance(result, InputError):
-                    problem, remedy = str(result), "Or set prepare.on_bad: drop"
-                elif limit is not None and result > limit:
-                    problem = f"has {result} tokens, images included, but only {limit} fit"
-                    remedy = f"Raise {key}, lower base_model.processor.max_pixels, or set prepare.on_bad: drop"
-                else:
-                    tokens[sample["id"]] = result
-                    continue
-                if on_bad == "error":
-                    raise InputError(problem, where=task["name"], field=f"{part} sample {sample['id']}", remedy=remedy)
-                bad[part][sample["id"]] = problem
-        if tokens:
-            longest = max(tokens, key=lambda identity: tokens[identity])
-            mean = sum(tokens.values()) / len(tokens)
-            lengths[part] = Lengths(len(tokens), tokens[longest], mean, longest)
+        for sample, result in count.each(iter_samples(path, part)):
+            if isinstance(result, InputError):
+                problem, remedy = str(result), "Or set prepare.on_bad: drop"
+            elif limit is not None and result > limit:
+                problem = f"has {result} tokens, images included, but only {limit} fit"
+                remedy = f"Raise {key}, lower base_model.processor.max_pixels, or set prepare.on_bad: drop"
+            else:
+                found.add(sample["id"], result)
+                continue
+            if on_bad == "error":
+                raise InputError(problem, where=task["name"], field=f"{part} sample {sample['id']}", remedy=remedy)
+            bad[part][sample["id"]] = problem
+        if found.samples:
+            lengths[part] = found.lengths()
     return Fit(lengths, bad)
 
 
@@ -94,16 +89,43 @@ def fit_task(
     return path, fit
 
 
-class _Counter:
-    """Counts tokens by the processor's own rule for an image's size, or by running it where that rule is not exact."""
+class Tally:
+    """Lengths of samples, added up one at a time."""
 
-    def __init__(self, processor: Any, path: Path, task: PreparedTask, images: dict[str, ImageFacts]):
-        self.processor, self.path, self.task, self.images = processor, path, task, images
+    def __init__(self) -> None:
+        self.samples, self.total, self.max, self.longest = 0, 0, 0, ""
+
+    def add(self, identity: str, tokens: int) -> None:
+        """One more sample."""
+        if tokens > self.max:
+            self.max, self.longest = tokens, identity
+        self.samples += 1
+        self.total += tokens
+
+    def lengths(self) -> Lengths:
+        """Of the samples so far, one at least."""
+        return Lengths(self.samples, self.max, self.total / self.samples, self.longest)
+
+
+class TokenCounter:
+    """Counts tokens by the processor's own rule for an image's size, or by running it where that rule is not exact.
+
+    `images` are the facts of each image by its name in the samples, `locate` says where its file is.
+    """
+
+    def __init__(self, processor: Any, images: Mapping[str, ImageFacts], locate: Callable[[str], Path]):
+        self.processor, self.images, self.locate = processor, images, locate
         tokens = (getattr(processor, name, None) for name in ("image_token", "video_token"))
         self.placeholders = [token for token in tokens if token]
         rule: Callable[..., Any] | None = getattr(processor, "_get_num_multimodal_tokens", None)
         self.rule = rule
         self.proved: set[int] = set()  # numbers of images a sample for which the rule was seen to be exact
+
+    def each(self, samples: Iterable[Sample]) -> Iterator[tuple[Sample, int | InputError]]:
+        """Tokens of each of any number of samples, or what is wrong with it."""
+        remaining = iter(samples)
+        while batch := list(islice(remaining, _BATCH)):
+            yield from self(batch)
 
     def __call__(self, samples: Sequence[Sample]) -> list[tuple[Sample, int | InputError]]:
         """Tokens of each sample, or what is wrong with it."""
@@ -153,6 +175,6 @@ class _Counter:
 
     def _run(self, sample: Sample, text: str) -> int:
         """Tokens as the whole processor makes them, pixels included."""
-        images = [open_image(image_path(self.path, self.task, name)) for name in sample["images"]]
+        images = [open_image(self.locate(name)) for name in sample["images"]]
         options = tokenizer_options(self.processor, text)
         return len(self.processor(text=[text], images=images, **options)["input_ids"][0])

@@ -82,6 +82,14 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
+def hash_rows(rows: Iterable[Any]) -> str:
+    """SHA-256 (hex) of any number of JSON values in order, each independent of key order and gone once hashed."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, allow_nan=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
 def hash_files(paths: Iterable[Path | str], root: Path | str) -> str:
     """SHA-256 (hex) over the names (relative to `root`) and contents of `paths`, independent of their order."""
     entries = []

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from .errors import InputError
 from .files import hash_json
 from .schema import Sample
 
@@ -27,6 +28,25 @@ def set_image_ids(samples: list[Sample], digests: dict[str, str]) -> None:
     groups = connect([[digests[name] for name in sample["images"]] for sample in shown])
     for sample, group in zip(shown, groups, strict=True):
         sample["meta"].setdefault("image_id", group[:16])
+
+
+def split_keys(sample: Sample, digests: list[str]) -> list[str]:
+    """What a sample must share with no other for the two to end in different parts: images, or the question."""
+    keys = digests or [hash_json(sample["prompt"])]
+    named = sample["meta"].get("image_id")
+    return keys if named is None else [*keys, f"image_id {named}"]
+
+
+def choose_groups(keys: Iterable[Sequence[str]], share: float) -> tuple[list[str], set[str]]:
+    """The group of each sample by its keys, and the groups that are split off: a `share` of them, always the same.
+
+    Groups are taken in the order of their content's hash. Raises `InputError` where there is but one.
+    """
+    groups = connect(keys)
+    order = sorted(set(groups), key=lambda group: rank(f"test {group}"))
+    if len(order) < 2:
+        raise InputError("all samples show one image: no test set can be split off", remedy="Give a test file")
+    return groups, set(order[: min(len(order) - 1, max(1, round(share * len(order))))])
 
 
 def connect(keys: Iterable[Sequence[str]]) -> list[str]:

@@ -3,16 +3,20 @@
 import hashlib
 import io
 import os
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path, PurePath
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
 
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError)
+Fact = TypeVar("Fact")
+_WORTH_A_PROCESS = 1000  # images; a process takes a third of a second to start
+_AT_ONCE, _CHUNK = 4096, 32  # images in the queue of all processes, and given to one at a time
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError)
 
 
 class ImageFacts(NamedTuple):
@@ -30,8 +34,8 @@ def load_image(path: Path | str) -> Image.Image:
             return to_rgb(image)
     except FileNotFoundError:
         raise InputError("no such image", where=path) from None
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -65,30 +69,51 @@ def inside(name: str, root: Path, where: str) -> str:
 
 def inspect_image(path: Path) -> ImageFacts:
     """Read and fully decode one image file. Raises `InputError` if that fails (missing, truncated, no image)."""
-    data = _read(path)
+    data = read_image(path)
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return ImageFacts(hashlib.sha256(data).hexdigest(), *image.size)
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    except UNREADABLE as error:
+        raise unreadable(path, error) from None
 
 
 def inspect_images(paths: Iterable[Path], *, decode: bool = True) -> dict[Path, ImageFacts | InputError]:
-    """`inspect_image` for many files on all cores (decoding and hashing leave Python's lock); errors are values.
+    """`inspect_image` for many files on all cores; errors are values.
 
     Without `decode` only the bytes are hashed, and width and height are 0.
     """
-
-    def inspect(path: Path) -> ImageFacts | InputError:
-        try:
-            return inspect_image(path) if decode else ImageFacts(hashlib.sha256(_read(path)).hexdigest(), 0, 0)
-        except InputError as error:
-            return error
-
     unique = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(unique, pool.map(inspect, unique), strict=True))
+    return dict(zip(unique, map_images(_facts if decode else _identity, unique), strict=True))
+
+
+def map_images(look: Callable[[Path], Fact], paths: Sequence[Path]) -> Iterator[Fact]:
+    """`look` at each file, in order; of many files on all cores, in processes (`look` is then a module's function).
+
+    Decoding leaves Python's lock, but of small images most of the time is spent around it: threads are slower than
+    none (benchmarks/README.md).
+    """
+    workers = min(os.cpu_count() or 1, len(paths) // _WORTH_A_PROCESS)
+    if workers < 2:
+        yield from map(look, paths)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for start in range(0, len(paths), _AT_ONCE):
+            yield from pool.map(look, paths[start : start + _AT_ONCE], chunksize=_CHUNK)
+
+
+def _facts(path: Path) -> ImageFacts | InputError:
+    try:
+        return inspect_image(path)
+    except InputError as error:
+        return error
+
+
+def _identity(path: Path) -> ImageFacts | InputError:
+    try:
+        return ImageFacts(hashlib.sha256(read_image(path)).hexdigest(), 0, 0)
+    except InputError as error:
+        return error
 
 
 def store_image(image: Image.Image | bytes, folder: Path, where: str) -> str:
@@ -101,8 +126,8 @@ def store_image(image: Image.Image | bytes, folder: Path, where: str) -> str:
         try:
             with Image.open(io.BytesIO(image)) as opened:
                 extension = (opened.format or "img").lower().replace("jpeg", "jpg")
-        except _UNREADABLE as error:
-            raise _unreadable(where, error) from None
+        except UNREADABLE as error:
+            raise unreadable(where, error, "image") from None
         name, data = f"{hashlib.sha256(image).hexdigest()[:32]}.{extension}", image
     else:
         rgb, buffer = to_rgb(image), io.BytesIO()
@@ -115,20 +140,23 @@ def store_image(image: Image.Image | bytes, folder: Path, where: str) -> str:
     return name
 
 
-def _read(path: Path) -> bytes:
+def read_image(path: Path) -> bytes:
+    """The bytes of an image file. Raises `InputError`."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
         raise InputError("no such image", where=path) from None
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _unreadable(where: object, error: Exception) -> InputError:
+def unreadable(where: object, error: Exception, field: str = "") -> InputError:
+    """What to say of an image that Pillow could not decode."""
     # PIL's own words name memory addresses ("<_io.BytesIO object at 0x…>"), which say nothing to a user.
     reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
     return InputError(
         f"the image cannot be decoded: {reason}",
         where=where,
+        field=field,
         remedy="Replace the file, or set prepare.on_bad: drop",
     )

@@ -8,7 +8,7 @@ a second preparation reads nothing but the data file. `cache/asd/` keeps the ans
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -77,8 +77,14 @@ def read_task(path: Path | str) -> PreparedTask:
 
 def read_samples(path: Path | str, part: Part) -> list[Sample]:
     """Read one part of a prepared task; a part that the task does not have is empty. Raises `InputError`."""
+    return list(iter_samples(path, part))
+
+
+def iter_samples(path: Path | str, part: Part) -> Iterator[Sample]:
+    """`read_samples`, one at a time."""
     file = Path(path) / f"{part}.jsonl"
-    return [sample for _, sample in iter_jsonl(file)] if file.exists() else []
+    if file.exists():
+        yield from (sample for _, sample in iter_jsonl(file))
 
 
 def read_images(path: Path | str) -> dict[str, ImageFacts]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 
 from .errors import InputError
 from .files import hash_files, read_text
+from .json_list import iter_json_list
 
 Part = Literal["train", "validation", "test"]
 _FUNCTION = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -28,12 +29,13 @@ def read_rows(
     base_dir: Path,
     *,
     unwrap: Callable[[Any], Iterable[Any]] | None = None,
-    on_broken: Callable[[str], None] | None = None,
+    on_broken: Callable[[InputError], None] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) of data files (relative to `base_dir`) or a reader; a bad file as a whole is an `InputError`.
 
-    JSON lines and Parquet are streamed; a JSON list is read at once. `unwrap` finds the rows in a file that is one JSON
-    object. With `on_broken`, what is no JSON inside a list is passed over, and reported to it.
+    Every kind of file is streamed, except for a file that is one JSON object, in which `unwrap` finds the rows. With
+    `on_broken`, what is no JSON inside a list or in a line is passed over, and reported to it; a list is read at once
+    then.
     """
     if is_function(source):
         index, rows = 0, load_function(source, base_dir)
@@ -55,7 +57,7 @@ def read_rows(
         elif unwrap is not None and (document := _json_object(path)) is not None:
             yield from ((f"{path}: sample {index}", row) for index, row in enumerate(unwrap(document), 1))
         else:
-            yield from iter_jsonl(path)
+            yield from iter_jsonl(path, on_broken)
 
 
 def source_files(source: str, base_dir: Path) -> list[Path]:
@@ -106,25 +108,42 @@ def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
     return cast(Callable[..., Any], function)
 
 
-def iter_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+def iter_jsonl(path: Path, on_broken: Callable[[InputError], None] | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (where, value) for each line of a JSONL file, one in memory at a time; blank lines are skipped.
 
-    Lines end at line feeds alone: other Unicode separators may stand inside a JSON string.
+    Lines end at line feeds alone: other Unicode separators may stand inside a JSON string. A line that is no JSON is an
+    `InputError`; with `on_broken` it is passed over, and reported to it.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                text = _decoded(line, path, number)
                 if text:
-                    yield f"{path}:{number}", json.loads(text)
-            except UnicodeDecodeError:
-                raise InputError("is not UTF-8", where=f"{path}:{number}", remedy="Save it as UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"malformed JSON: {error.msg}",
-                    where=f"{path}:{number}:{error.colno}",
-                    remedy="A data file is a JSON list of samples, one JSON object a line, or Parquet",
-                ) from None
+                    yield f"{path}:{number}", _parsed(text, path, number)
+            except InputError as error:
+                if on_broken is None:
+                    raise
+                on_broken(error)
+
+
+def _decoded(line: bytes, path: Path, number: int) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError:
+        raise InputError("is not UTF-8", where=f"{path}:{number}", remedy="Save it as UTF-8") from None
+
+
+def _parsed(text: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"malformed JSON: {error.msg}",
+            where=f"{path}:{number}:{error.colno}",
+            remedy="A data file is a JSON list of samples, one JSON object a line, or Parquet",
+        ) from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
+        raise InputError(f"malformed JSON: {error}", where=f"{path}:{number}") from None
 
 
 def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
@@ -144,22 +163,19 @@ def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
     return "list" if text.startswith(b"[") else "lines"
 
 
-def _json_list(path: Path, on_broken: Callable[[str], None] | None) -> Iterable[Any]:
+def _json_list(path: Path, on_broken: Callable[[InputError], None] | None) -> Iterator[Any]:
+    if on_broken is None:
+        yield from iter_json_list(path)
+        return
     text = read_text(path).removeprefix("\ufeff")
     try:
-        return cast(list[Any], json.loads(text))
-    except json.JSONDecodeError as error:
+        yield from cast(list[Any], json.loads(text))
+    except (RecursionError, ValueError):
         # A file that breaks off lacks an unknown number of samples: nothing to pass over.
-        if on_broken is not None and text.rstrip().endswith("]"):
-            return _salvaged(text, path, on_broken)
-        remedy = "The file may be half-written: fetch it again"
-        if text.rstrip().endswith("]"):
-            remedy = "If it was published like that, prepare.on_bad: drop passes over what is broken"
-        where = f"{path}:{error.lineno}:{error.colno}"
-        raise InputError(f"malformed JSON: {error.msg}", where=where, remedy=remedy) from None
+        yield from _salvaged(text, path, on_broken) if text.rstrip().endswith("]") else iter_json_list(path)
 
 
-def _salvaged(text: str, path: Path, on_broken: Callable[[str], None]) -> Iterator[Any]:
+def _salvaged(text: str, path: Path, on_broken: Callable[[InputError], None]) -> Iterator[Any]:
     """The objects of a list that is not all JSON; each stretch between them that is none goes to `on_broken`.
 
     Bare line breaks and tabs inside strings are let pass: what they stand for is not in doubt. Of a broken row, whole
@@ -179,7 +195,7 @@ def _salvaged(text: str, path: Path, on_broken: Callable[[str], None]) -> Iterat
     for start, stop, row in [*rows, (text.rindex("]"), 0, {})]:
         if stretch := text[end:start].strip(", \t\r\n"):
             line = text.count("\n", 0, text.index(stretch, end)) + 1
-            on_broken(f"{path}:{line}: not JSON: {stretch[:60]!r}")
+            on_broken(InputError(f"not JSON: {stretch[:60]!r}", where=f"{path}:{line}"))
         if row:
             yield row
         end = stop

@@ -1,5 +1,6 @@
 """The `mcit` command. Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 130 interrupted."""
 
+import contextlib
 import json
 import sys
 from enum import StrEnum
@@ -347,6 +348,64 @@ def asd(
     if report["validation"]["failed"]:
         terminal.say(f"gold answers that are not right in their new style: {report['validation']['failed']}", "yellow")
     terminal.say(f"report: {target}.report.json")
+
+
+@app.command()
+def verify(
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA...", help="Recipes (KEY=VALUE changes theirs), or data files to train on."),
+    ],
+    images: Annotated[Path | None, typer.Option(help="Data files: the folder of their images.")] = None,
+    test: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Data files that the others must not give away.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Data files: the base model whose tokens count.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Data files: tokens that fit. Default: the model's context.")
+    ] = None,
+    strict: Annotated[bool, typer.Option(help="Warnings count too: leaks, duplicates, contradictions, forms.")] = False,
+    drop_bad: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Write a clean copy there, and what was left out.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the whole report there, as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find everything that would make training or scoring fail later. Exits 2 if there is anything.
+
+    Decodes every image, counts every token, looks for what is tested on in any training data of the stream.
+
+    Example: `mcit verify my-stream.yaml --out report.json` · `mcit verify train.json --images scans/ --test test.json`
+    """
+    from rich.console import Console
+
+    from mcit.data_prep.files import write_json
+
+    from .clean import check_target, write_clean
+    from .terminal import Terminal
+    from .verify import verify as verify_data
+    from .verify_report import make_report, show_report
+
+    if drop_bad:
+        check_target(drop_bad)
+    terminal = Terminal(Console(stderr=True, highlight=False, soft_wrap=True) if as_json else None)
+    with contextlib.ExitStack() as stack:
+        show = stack.enter_context(terminal.working("verify"))
+        found = stack.enter_context(
+            verify_data(data, images=images, tests=test or (), model=model, max_length=max_length, show=show)
+        )
+        report = make_report(found, strict)
+        written = write_clean(found, strict, drop_bad) if drop_bad else []
+    if out:
+        write_json(out, report)
+    if as_json:
+        _print_json(report)
+    else:
+        show_report(found, report, terminal)
+    for line in written:
+        terminal.say(line)
+    if not report["clean"]:
+        raise typer.Exit(2)
 
 
 def _start(

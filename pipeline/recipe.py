@@ -163,11 +163,16 @@ class Recipe(Config):
 
     def homes(self, name: str) -> list[int]:
         """The stages that train a task as their own."""
-        return [stage.k for stage in self.stages if name in stage.tasks]
+        return [stage.k for stage in self.stages if name in (*stage.tasks, *stage.visitors)]
 
     def task(self, name: str) -> TaskConfig:
         """The task called `name`."""
         return next(task for task in self.tasks if task.name == name)
+
+    def max_length(self, name: str) -> int | None:
+        """The tokens that fit in every stage that trains a task; None: only the model's context limits them."""
+        limits = [stage.train.max_length for stage in self.stages if name in (*stage.tasks, *stage.visitors)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def _stage(self, k: int, entry: list[TaskConfig | str]) -> Stage:
         names = [task if isinstance(task, str) else task.name for task in entry]

@@ -159,15 +159,10 @@ class Run:
                 "processor": recipe.base_model.processor,
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
-                "limits": {task.name: limit(task) for task in recipe.tasks},
+                "limits": {task.name: recipe.max_length(task.name) for task in recipe.tasks},
                 "max_model_len": recipe.eval.max_model_len,
                 "scorers": {task.name: scorers_of(read_task(folder_of(step))) for task, step in pairs},
             }
-
-        def limit(task: TaskConfig) -> int | None:
-            """The tokens that fit in every stage that trains the task; None: only the model's context limits them."""
-            limits = [stage.train.max_length for stage in recipe.stages if task.name in (*stage.tasks, *stage.visitors)]
-            return min((limit for limit in limits if limit is not None), default=None)
 
         def work(show: Show, lock: int) -> Facts:
             from transformers import AutoConfig  # here: takes seconds, and only a check that is not done needs it
@@ -182,7 +177,10 @@ class Run:
             longest, notes = {}, []
             for task, step in pairs:
                 show(f"tokens of {task.name}")
-                limits = [min(given or context, context) for given in (limit(task), recipe.eval.max_model_len)]
+                limits = [
+                    min(given or context, context)
+                    for given in (recipe.max_length(task.name), recipe.eval.max_model_len)
+                ]
                 folder, fit = fit_task(
                     folder_of(step), processor, *limits, on_bad=recipe.prepare.on_bad, cache=cache_dir()
                 )

@@ -95,6 +95,16 @@ class Terminal:
                 table.add_row(metric, *(_cell(value) for value in values))
         self.console.print(table)
 
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table; a column of figures is set flush right, and nothing stands where there is nothing (None)."""
+        table = self._table(title)
+        for index, column in enumerate(columns):
+            figures = all(isinstance(row[index], int | None) for row in rows)
+            table.add_column(column, justify="right" if figures else "left")
+        for row in rows:
+            table.add_row(*("" if value is None else str(value) for value in row))
+        self.console.print(table)
+
     def _table(self, title: str) -> Table:
         return Table(title=title, title_justify="left", box=box.SIMPLE if self.console.is_terminal else box.ASCII2)
 

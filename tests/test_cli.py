@@ -27,6 +27,7 @@ COMMANDS = [
     "score",
     "show",
     "asd",
+    "verify",
 ]
 
 
