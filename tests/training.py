@@ -15,6 +15,7 @@ from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
+from mcit.pipeline.methods import Method, StepView
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -102,3 +103,12 @@ def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str) -> Path:
     path = run / "recipe-under-test.yaml"
     path.write_text(f"name: test\nbase_model: {{path: {TINY}, dtype: float32}}\nstream:\n{stream}{recipe}")
     return path
+
+
+class MeanLength(Method):
+    """A term of the kind that `StepView.share` is for: a mean over samples (of answer tokens; it moves nothing)."""
+
+    name, paper, category, keeps = "training:MeanLength", "none", "regularisation", "nothing"
+
+    def loss(self, view: StepView) -> torch.Tensor | None:
+        return view.share * (view.inputs["labels"] != -100).sum(1).float().mean()
