@@ -91,17 +91,17 @@ def write_task(folder: Path, samples: list[Sample]) -> None:
     write_json(folder / "task.json", task)
 
 
-def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str) -> Path:
+def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str, model: Path = TINY) -> Path:
     """A run folder as `mcit prepare` leaves it; returns the recipe's path. `recipe` is YAML below name and model."""
     for name, samples in tasks.items():
         write_task(run / "data" / name, samples)
     base = run / "stages" / "00-base"
     base.mkdir(parents=True)
-    serving = Serving(stage=0, name="base", kind="base", base=str(TINY), dtype="float32", base_hash="b", hash="b")
+    serving = Serving(stage=0, name="base", kind="base", base=str(model), dtype="float32", base_hash="b", hash="b")
     write_serving(base, serving)
     stream = "".join(f"  - {{name: {name}, train: {name}.json}}\n" for name in tasks)
     path = run / "recipe-under-test.yaml"
-    path.write_text(f"name: test\nbase_model: {{path: {TINY}, dtype: float32}}\nstream:\n{stream}{recipe}")
+    path.write_text(f"name: test\nbase_model: {{path: {model}, dtype: float32}}\nstream:\n{stream}{recipe}")
     return path
 
 
