@@ -1,7 +1,7 @@
 """From samples to a training batch: the evaluation's own prompt, then the assistant's turns; loss on these alone."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ from mcit.data_prep.chat import open_image, render_chat, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.schema import Message, Sample
 
+from .batches import MicroBatch
+
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
@@ -20,7 +22,7 @@ IGNORED = -100  # the label that carries no loss
 
 
 class Collator:
-    """Collates rows `{"index": i}` into a batch of `samples[i]` (image paths absolute) for a vision-language model.
+    """Collates a `MicroBatch` of `samples` (their image paths absolute) for a vision-language model.
 
     The prompt is tokenized exactly as in evaluation: rendered with the generation prompt, its images through the
     processor. Each assistant turn of the completion follows, end-of-turn token included, and carries loss; everything
@@ -35,8 +37,13 @@ class Collator:
         left_open = render_chat(processor, turns, 0, add_generation_prompt=False).rstrip().endswith("!")
         self.end_of_turn = self.tokenizer.eos_token if left_open else ""
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        return self.collate([self.samples[row["index"]] for row in rows])
+    def __call__(self, one: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """The batch of the one micro-batch that a data loader of batch size 1 brings."""
+        [micro_batch] = one
+        batch = self.collate([self.samples[index] for index in micro_batch.samples])
+        if not micro_batch.loss:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """`input_ids`, `attention_mask`, `labels` [batch, length], padded right, and what the processor adds.

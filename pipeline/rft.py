@@ -16,6 +16,7 @@ from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.eval.scorers import get_scorer
 from mcit.eval.scoring import Score, score_response
 from mcit.pipeline.arguments import make_config
+from mcit.pipeline.batches import GroupSampler, check_prompts, with_images
 from mcit.pipeline.lineage import set_reference
 from mcit.pipeline.stage import Entered, main
 from mcit.pipeline.trainer import MethodLoss
@@ -25,31 +26,34 @@ KL_AT_START = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 class StageGRPOTrainer(MethodLoss, GRPOTrainer):
-    """TRL's `GRPOTrainer` with the methods' terms; its own sampler deals whole groups to any number of devices."""
+    """TRL's `GRPOTrainer` with the methods' terms, on generation batches that are with images or without."""
+
+    def __init__(self, has_images: Sequence[bool], **kwargs: Any):
+        self.has_images = has_images
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, dataset: Any = None) -> GroupSampler:
+        args: Any = self.args
+        return GroupSampler(
+            self.has_images,
+            prompts=args.generation_batch_size // args.num_generations,
+            group=args.num_generations,
+            repeats=self.num_iterations * args.steps_per_generation,
+            seed=args.seed,
+        )
 
 
 def make_trainer(entered: Entered) -> StageGRPOTrainer:
     """The trainer of a stage: transformers generation, one reward per sample's task, an explicit KL reference."""
     train = entered.stage.train
-    modalities = {bool(sample["images"]) for sample in entered.samples}
-    if len(modalities) > 1:
-        raise InputError(
-            "some samples have images and some have none, which GRPO cannot batch together",
-            where=f"stage {entered.stage.name}",
-            remedy="Give text-only samples a stage of their own",
-        )
     entered.processor.tokenizer.padding_side = "left"  # generation; right padding corrupts Qwen's positions
     rewards = {name: weight for name, weight in train.rft.rewards.items() if weight}
     args = make_config(GRPOConfig, entered, {"reward_weights": list(rewards.values())})
     prompts = args.generation_batch_size // args.num_generations
-    if len(entered.samples) < prompts:
-        raise InputError(
-            f"{len(entered.samples)} samples do not fill one generation batch of {prompts} prompts",
-            where=f"stage {entered.stage.name}",
-            field="train.global_batch_size",
-            remedy="Lower it (it counts completions), or give more samples",
-        )
+    has_images = with_images(entered.samples)
+    check_prompts(has_images, prompts, entered.stage.name)
     trainer = StageGRPOTrainer(
+        has_images,
         model=entered.model,
         reward_funcs=reward_functions(entered.tasks, list(rewards), _end_tokens(entered)),
         args=args,
@@ -66,7 +70,10 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
 
 
 def prompt_dataset(samples: Sequence[Sample]) -> Dataset:
-    """Rows of `prompt` (the chat that evaluation renders), `sample` and, if there are any, `images`, opened late."""
+    """Rows of `prompt` (the chat that evaluation renders), `sample` and, if there are any, `images`, opened late.
+
+    Rows that are asked for together have images or have none (`GroupSampler`).
+    """
 
     def rows(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
         chosen = [samples[i] for i in batch["index"]]

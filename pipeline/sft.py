@@ -3,39 +3,69 @@
 accelerate launch --config_file recipes/accelerate/single.yaml pipeline/sft.py --recipe mini/sefe --stage 2
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
-from mcit.pipeline.arguments import make_config
-from mcit.pipeline.collator import Collator
+from mcit.pipeline.arguments import make_config, processes, split_batch
+from mcit.pipeline.batches import GlobalBatchSampler, MicroBatches, micro_steps, with_images
+from mcit.pipeline.collator import IGNORED, Collator
 from mcit.pipeline.stage import Entered, main
-from mcit.pipeline.trainer import GlobalBatchSampler, MethodLoss
+from mcit.pipeline.trainer import MethodLoss
 
 
 class StageSFTTrainer(MethodLoss, SFTTrainer):
     """TRL's `SFTTrainer` on our global batches, its loss a mean over the tokens of the whole global batch."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, has_images: Sequence[bool], global_batch_size: int, **kwargs: Any):
+        self.has_images, self.global_batch_size = has_images, global_batch_size
+        super().__init__(**kwargs)
         # Qwen-VL, Gemma and others declare that their own forward cannot take the number of tokens of the global batch.
         # TRL computes the loss itself, and can; without it each micro-batch would get the same weight whatever its
         # number of tokens, and the result would change with the number of devices.
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """A loader whose items are whole micro-batches, dealt to the processes in turn."""
         args = self.args
-        global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        size = len(self.train_dataset)  # type: ignore[arg-type]
-        return GlobalBatchSampler(size, global_batch, args.seed)
+        per_device = args.per_device_train_batch_size
+        sampler = GlobalBatchSampler(self.has_images, self.global_batch_size, per_device, args.world_size, args.seed)
+        return self._get_dataloader(
+            dataset=MicroBatches(sampler),
+            description="Training",
+            batch_size=1,
+            sampler_fn=lambda _: sampler,
+            is_training=True,
+        )
+
+    def num_examples(self, dataloader: DataLoader[Any]) -> int:
+        """Samples, of which a loader's item holds several."""
+        return len(self.has_images)
+
+    def share(self, inputs: Any) -> float:
+        """See `StepView.share`."""
+        learned = (inputs["labels"] != IGNORED).any(1).sum().item()
+        return learned * self.args.world_size / self.global_batch_size
 
 
 def make_trainer(entered: Entered) -> StageSFTTrainer:
     """The trainer of a stage: our collator on whole global batches, nothing packed or truncated."""
-    own = {"max_length": None, "packing": False, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    train, has_images = entered.stage.train, with_images(entered.samples)
+    _, accumulation = split_batch(
+        train.global_batch_size, processes(), train.sft.args.get("per_device_train_batch_size")
+    )
+    own = {
+        "max_length": None,
+        "packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "gradient_accumulation_steps": micro_steps(has_images, accumulation),
+    }
     return StageSFTTrainer(
+        has_images,
+        train.global_batch_size,
         model=entered.model,
         args=make_config(SFTConfig, entered, own),
         data_collator=Collator(entered.processor, entered.samples, entered.max_length),

@@ -1,13 +1,12 @@
-"""What TRL's trainers get beyond their own: methods' loss terms, batches that do not depend on devices, alarms."""
+"""What TRL's trainers get beyond their own: the methods' loss terms, and alarms."""
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
 from .arguments import deepspeed, processes
@@ -42,6 +41,7 @@ class MethodLoss:
             inputs=inputs,
             step=self.state.global_step,  # type: ignore[attr-defined]
             micro_batches=micro_batches,
+            share=self.share(inputs),
             last=self.accelerator.sync_gradients,  # type: ignore[attr-defined]
         )
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
@@ -53,6 +53,10 @@ class MethodLoss:
                 self._terms[method.name].append(term.detach())
                 loss = loss + term * (micro_batches if divided else 1)
         return loss
+
+    def share(self, inputs: Any) -> float:
+        """See `StepView.share`; where all micro-batches are equally large."""
+        return 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
 
     @property
     def _terms(self) -> dict[str, list[Tensor]]:
@@ -66,29 +70,6 @@ class MethodLoss:
         self._terms.clear()
         self.__dict__["_logged_step"] = self.state.global_step  # type: ignore[attr-defined]
         super().log(logs, start_time)  # type: ignore[misc]
-
-
-class GlobalBatchSampler(Sampler[int]):
-    """A seeded permutation an epoch, filled up from its own start to whole global batches.
-
-    A last, smaller batch would be padded and weighted differently by each number of devices and accumulation steps.
-    """
-
-    def __init__(self, size: int, global_batch_size: int, seed: int):
-        self.size, self.seed, self.epoch = size, seed, 0
-        self.total = -(-size // global_batch_size) * global_batch_size
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        for place in range(self.total):
-            yield order[place % self.size]
 
 
 class FiniteLoss(TrainerCallback):

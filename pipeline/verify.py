@@ -10,8 +10,8 @@ from typing import NamedTuple
 from mcit.data_prep.cache import temporary_folder
 from mcit.data_prep.checks import TokenCounter
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.readers import Part
 from mcit.data_prep.places import settle
+from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import Sample, TaskConfig
 from mcit.data_prep.styles import split_reasoning
 from mcit.data_prep.verify.check import Checks, Numbered, check

@@ -14,6 +14,7 @@ from mcit.data_prep.chat import to_chat
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.images import load_image
 from mcit.data_prep.schema import Message, Sample
+from mcit.pipeline.batches import MicroBatch
 from mcit.pipeline.collator import IGNORED, Collator
 
 
@@ -30,8 +31,7 @@ def sample(folder: Path, images: int = 1, **changes: Any) -> Sample:
 
 
 def collate(samples: list[Sample], processor: Any = None, max_length: int = 1000) -> dict[str, torch.Tensor]:
-    rows = [{"index": i} for i in range(len(samples))]
-    return Collator(processor or tiny_processor(), samples, max_length)(rows)
+    return Collator(processor or tiny_processor(), [], max_length).collate(samples)
 
 
 def with_loss(batch: dict[str, torch.Tensor], row: int = 0) -> list[str]:
@@ -87,6 +87,27 @@ def test_user_turns_inside_a_completion_carry_no_loss(folder: Path) -> None:
     text = tiny_processor().tokenizer.decode(batch["input_ids"][0])
     assert "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes, red<|im_end|>" in text
     assert text.index("<|image_pad|>") < text.index("Hi")  # the images stand in the first user turn
+
+
+def test_three_turns_over_two_images(folder: Path) -> None:
+    """The images stand once, in the first user turn; each of the three answers and its end carry loss."""
+    dialogue = [turn("assistant", "red"), turn("user", "And the second?"), turn("assistant", "blue too")]
+    dialogue += [turn("user", "Sure?"), turn("assistant", "yes")]
+    batch = collate([sample(folder, 2, completion=dialogue)])
+    assert with_loss(batch) == ["red<|im_end|>", "blue too<|im_end|>", "yes<|im_end|>"]
+    assert batch["image_grid_thw"].shape[0] == 2
+    ids = batch["input_ids"][0].tolist()
+    last_image = len(ids) - ids[::-1].index(tiny_processor().image_token_id)
+    assert ids.count(tiny_processor().image_token_id) == (batch["image_grid_thw"].prod(-1) // 4).sum().item()
+    assert last_image < (batch["labels"][0] != IGNORED).nonzero()[0].item()
+
+
+def test_a_micro_batch_without_loss_is_the_same_but_for_its_labels(folder: Path) -> None:
+    samples = [sample(folder, 0), sample(folder, 1)]
+    collator = Collator(tiny_processor(), samples, 1000)
+    idle, plain = collator([MicroBatch([1], loss=False)]), collator([MicroBatch([1])])
+    assert (idle.pop("labels") == IGNORED).all() and with_loss(plain)
+    assert all(torch.equal(tensor, plain[key]) for key, tensor in idle.items())
 
 
 def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(folder: Path) -> None:

@@ -105,7 +105,7 @@ def peft_model() -> object:
 def test_three_stages_through_the_hooks() -> None:
     method, model, state = RegLora(RegLoraConfig(key_fraction=0.1, weight=10)), peft_model(), {}
     factors = {name: (a, b) for name, a, b, _ in lora_layers(model)}
-    view = StepView(model=model, inputs={}, step=0, micro_batches=2, last=True)
+    view = StepView(model=model, inputs={}, step=0, micro_batches=2, share=0.5, last=True)
     method.build(model, state)
     assert method.loss(view) is None  # the first stage has no keys
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_three_stages_through_the_hooks() -> None:
     assert state["0"].nonzero().tolist() == [[1, 3]] and not state["1"].any()  # int(0.1 · 12) = 1; alpha/r: no part
     method.build(model, state)
     assert method.loss(view).item() == pytest.approx(10 * 8 / 2)  # |-8| at the key, over two layers
-    assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=2, last=False)) is None
+    assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=2, share=0.5, last=False)) is None
     state = method.finish(model, [])
     assert state["0"][1, 3] == 2  # the same position again
 
@@ -123,5 +123,5 @@ def test_three_stages_through_the_hooks() -> None:
 def test_neutral_weight_does_nothing() -> None:
     method, model = RegLora(RegLoraConfig(weight=0)), peft_model()
     method.build(model, {"0": torch.ones(3, 4, dtype=torch.uint8)})
-    assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=1, last=True)) is None
+    assert method.loss(StepView(model=model, inputs={}, step=0, micro_batches=1, share=1.0, last=True)) is None
     assert method.finish(model, []) == {}

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from test_stage import launch
 from training import COLOURS, make_run, make_samples, tiny_model, tiny_processor
 
 import mcit.pipeline.rft as rft
@@ -163,7 +164,7 @@ def test_rollouts_start_from_the_training_prompt(trained: tuple[Path, Path], ima
     trainer.environment_factories, trainer.chat_template, trainer.chat_template_kwargs = None, None, {}
     ids, _, fields = trainer._tokenize_prompts(prompts)
     for row, sample in zip(ids, samples, strict=True):
-        batch = Collator(tiny_processor(), [sample], 1000)([{"index": 0}])
+        batch = Collator(tiny_processor(), [], 1000).collate([sample])
         prompt = batch["input_ids"][0][batch["labels"][0] == -100]
         assert list(row) == prompt.tolist()
     assert ("pixel_values" in fields) == bool(images)
@@ -199,8 +200,42 @@ def test_mistakes_are_one_clear_line(trained: tuple[Path, Path], tmp_path: Path)
     ):
         reinforce(run, recipe, 2, *greedy)
     assert not (run / "stages" / "02-again").exists()
-    mixed = recipe.with_name("mixed.yaml")
-    mixed.write_text(recipe.read_text().replace("method:", "  - [again, words]\nmethod:"))
+
+
+@pytest.fixture
+def mixed(trained: tuple[Path, Path], tmp_path: Path) -> tuple[Path, Path]:
+    """A run whose fourth stage mixes 12 prompts with images and 12 without, and enters from the first."""
+    run, recipe = copy_run(trained, tmp_path / "run"), tmp_path / "mixed.yaml"
+    recipe.write_text(trained[1].read_text().replace("method:", "  - [again, words]\nmethod:"))
     (run / "stages" / "03-words").symlink_to(trained[0] / "stages" / "01-colour")
-    with pytest.raises(InputError, match=r"stage again\+words: some samples have images and some have none"):
-        reinforce(run, mixed, 4)
+    return run, recipe
+
+
+def test_images_and_text_in_one_stage(mixed: tuple[Path, Path]) -> None:
+    batches: list[set[bool]] = []
+
+    def make(entered: Any) -> Any:
+        trainer = rft.make_trainer(entered)
+        generate = trainer._generate_and_score_completions
+
+        def watched(rows: list[dict[str, Any]]) -> Any:
+            inputs = generate(rows)
+            batches.append({bool(row["sample"]["images"]) for row in rows})
+            assert ("pixel_values" in inputs) == (batches[-1] == {True})
+            return inputs
+
+        trainer._generate_and_score_completions = watched
+        return trainer
+
+    overrides = [*RFT, "train.rft.args.max_steps=6", "train.modules.vision=lora"]
+    run_stage(load_recipe(mixed[1], overrides), 4, mixed[0], "rft", make)
+    assert sorted(map(sorted, batches)) == [[False]] * 3 + [[True]] * 3  # an epoch: 12 and 12 prompts, 4 at a time
+    log = read_jsonl(mixed[0] / "stages" / "04-again+words" / "train_log.jsonl")
+    assert abs(log[0]["kl"]) < 1e-4 and len(log) == 7
+
+
+@pytest.mark.slow
+def test_images_and_text_in_one_stage_of_two_processes(mixed: tuple[Path, Path]) -> None:
+    vision = "train.modules.vision=lora"  # a text batch leaves its factors without a gradient
+    launch(mixed[0], mixed[1], "ddp", 2, *RFT, "train.rft.args.max_steps=6", vision, stage=4, script="rft")
+    assert read_json(mixed[0] / "stages" / "04-again+words" / "trained.json")["mode"] == "ddp"

@@ -195,13 +195,15 @@ def test_two_processes_under_ddp_are_one(trained: tuple[Path, Path], tmp_path: P
     assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
 
 
-def launch(run: Path, recipe: Path, mode: str, processes: int, *overrides: str) -> None:
+def launch(
+    run: Path, recipe: Path, mode: str, processes: int, *overrides: str, stage: int = 2, script: str = "sft"
+) -> None:
     root = Path(mcit.pipeline.sft.__file__).parents[1]
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", str(root / "recipes" / "accelerate" / f"{mode}.yaml")),
-        *("--num_processes", str(processes), str(root / "pipeline" / "sft.py")),
-        *("--recipe", str(recipe), "--stage", "2", "--run-dir", str(run), *overrides),
+        *("--num_processes", str(processes), str(root / "pipeline" / f"{script}.py")),
+        *("--recipe", str(recipe), "--stage", str(stage), "--run-dir", str(run), *overrides),
     ]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400

@@ -15,6 +15,7 @@ from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
+from mcit.pipeline.methods import Method, StepView
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -90,15 +91,24 @@ def write_task(folder: Path, samples: list[Sample]) -> None:
     write_json(folder / "task.json", task)
 
 
-def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str) -> Path:
+def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str, model: Path = TINY) -> Path:
     """A run folder as `mcit prepare` leaves it; returns the recipe's path. `recipe` is YAML below name and model."""
     for name, samples in tasks.items():
         write_task(run / "data" / name, samples)
     base = run / "stages" / "00-base"
     base.mkdir(parents=True)
-    serving = Serving(stage=0, name="base", kind="base", base=str(TINY), dtype="float32", base_hash="b", hash="b")
+    serving = Serving(stage=0, name="base", kind="base", base=str(model), dtype="float32", base_hash="b", hash="b")
     write_serving(base, serving)
     stream = "".join(f"  - {{name: {name}, train: {name}.json}}\n" for name in tasks)
     path = run / "recipe-under-test.yaml"
-    path.write_text(f"name: test\nbase_model: {{path: {TINY}, dtype: float32}}\nstream:\n{stream}{recipe}")
+    path.write_text(f"name: test\nbase_model: {{path: {model}, dtype: float32}}\nstream:\n{stream}{recipe}")
     return path
+
+
+class MeanLength(Method):
+    """A term of the kind that `StepView.share` is for: a mean over samples (of answer tokens; it moves nothing)."""
+
+    name, paper, category, keeps = "training:MeanLength", "none", "regularisation", "nothing"
+
+    def loss(self, view: StepView) -> torch.Tensor | None:
+        return view.share * (view.inputs["labels"] != -100).sum(1).float().mean()

@@ -68,6 +68,8 @@ class VllmEngine:
         try:
             self.ends = end_tokens(first, self.processor.tokenizer)
             self.forbidden = image_tokens(load_config(first))
+            if adapters and self._lacks_kernels():
+                raise EngineFailed("vLLM has no LoRA for mixtures of experts on a CPU")
             for policy in adapters:
                 self.add(policy)
         except BaseException:
@@ -111,6 +113,14 @@ class VllmEngine:
         except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineFailed(f"vLLM did not start: {reason[:500]}") from error
+
+    def _lacks_kernels(self) -> bool:
+        """Whether requests with an adapter would fail: experts are multiplied by Triton, which a CPU does not have."""
+        from vllm.lora.utils import is_moe_model
+        from vllm.platforms import current_platform
+
+        [mixture] = self._llm.apply_model(is_moe_model)
+        return mixture and current_platform.is_cpu()
 
     def add(self, policy: Policy) -> None:
         """Hand an adapter to vLLM. Raises `InputError` for anything of it that vLLM would leave out."""

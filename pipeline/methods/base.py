@@ -25,6 +25,7 @@ class StepView:
     inputs: Mapping[str, Any]  # the micro-batch, as the trainer prepared it
     step: int  # optimizer steps done so far in this stage
     micro_batches: int  # of this optimizer step, on this process
+    share: float  # samples of this micro-batch over those of the global batch, times the number of processes
     last: bool  # whether this is the last of them
 
 
@@ -61,8 +62,9 @@ class Method:
         """A term to add to the loss of this micro-batch, a scalar, or None.
 
         Terms are summed over the micro-batches of an optimizer step and averaged over processes. So a term that depends
-        on the weights alone is returned once, where `view.last`; a mean over the micro-batch is divided by
-        `view.micro_batches`. What counts then depends neither on the accumulation split nor on the number of processes.
+        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples is multiplied by
+        `view.share` (micro-batches need not be equally large). What counts then depends neither on the accumulation
+        split nor on the number of processes.
         """
         return None
 

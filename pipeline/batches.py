@@ -1,0 +1,158 @@
+"""Which samples train together: the same global batches on any number of devices, and never images beside text alone.
+
+A *global batch* is what one optimizer step learns from. Every process works through it in *micro-steps*, all of them at
+the same time; what one process does in one micro-step is its *micro-batch*. A micro-step has images on every process
+or on none: TRL's GRPO cannot batch the two together, and processes that share out a model's weights wait for each other
+inside the vision tower (ZeRO-3 hangs where only some of them have an image).
+"""
+
+from collections.abc import Iterator, Sequence, Sized
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.schema import Sample
+
+T = TypeVar("T")
+
+
+class MicroBatch(NamedTuple):
+    """Samples, by index, of one process in one micro-step."""
+
+    samples: Sequence[int]
+    loss: bool = True  # False: a single sample that only keeps the process in step with the others
+
+
+class MicroBatches(Dataset[MicroBatch]):
+    """Hands a sampler's micro-batches through to the collator."""
+
+    def __init__(self, sampler: Sized):
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> MicroBatch:
+        return micro_batch
+
+
+def with_images(samples: Sequence[Sample]) -> list[bool]:
+    """Which samples have images."""
+    return [bool(sample["images"]) for sample in samples]
+
+
+def micro_steps(has_images: Sequence[bool], accumulation: int) -> int:
+    """Micro-steps of each global batch, `accumulation` without the rule on images.
+
+    A stage with both kinds of samples needs one more: neither kind need fill its last micro-step.
+    """
+    return accumulation + (any(has_images) and not all(has_images))
+
+
+class GlobalBatchSampler(Sampler[MicroBatch]):
+    """Micro-batches, process by process within a micro-step, as accelerate deals them out (one each in turn).
+
+    Guaranteed, under a seed: the global batches are a permutation an epoch, cut into whole batches and filled up from
+    its own start (a smaller last one would be weighted differently). They depend on nothing but the number of samples
+    and the size of the global batch: not on processes, micro-batches or images. All have the same number of
+    micro-steps; a micro-step is of one kind; no micro-batch is larger than `per_device`. The loss is a mean over the
+    global batch's tokens, so only the order of summation changes with the split. Where a kind has fewer samples left
+    than there are processes, the others repeat one without loss.
+    """
+
+    def __init__(self, has_images: Sequence[bool], global_batch_size: int, per_device: int, processes: int, seed: int):
+        self.has_images, self.global_batch_size = has_images, global_batch_size
+        self.processes, self.seed = processes, seed
+        self.micro_step_size = per_device * processes  # samples, at most
+        self.micro_steps = micro_steps(has_images, global_batch_size // self.micro_step_size)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        batches = -(-len(self.has_images) // self.global_batch_size)
+        return batches * self.micro_steps * self.processes
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.has_images), generator=generator).tolist()
+        for batch in _filled(order, self.global_batch_size):
+            yield from self._dealt(batch)
+
+    def _dealt(self, batch: Sequence[int]) -> Iterator[MicroBatch]:
+        """A global batch, images first: a kind in as few micro-steps as hold it, the last one in what remain."""
+        kinds = _by_kind(batch, self.has_images)
+        left = self.micro_steps
+        for kind in kinds:
+            steps = left if kind is kinds[-1] else -(-len(kind) // self.micro_step_size)
+            left -= steps
+            for step in _evenly(kind, steps):
+                for share in _evenly(step, self.processes):
+                    yield MicroBatch(share) if share else MicroBatch(kind[:1], loss=False)
+
+
+class GroupSampler(Sampler[int]):
+    """Prompts for `GRPOTrainer`, in TRL's own order: each `group` times in a row, a generation batch `repeats` times.
+
+    Guaranteed, under a seed: a generation batch (`prompts` of them, over all processes) is of one kind, since TRL
+    generates and scores it as one batch; every prompt is seen in every epoch; each kind's last batch is filled up from
+    that kind's own start. Nothing depends on the number of processes.
+    """
+
+    def __init__(self, has_images: Sequence[bool], prompts: int, group: int, repeats: int, seed: int):
+        self.has_images, self.prompts, self.group, self.repeats, self.seed = has_images, prompts, group, repeats, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        batches = sum(-(-len(kind) // self.prompts) for kind in _by_kind(range(len(self.has_images)), self.has_images))
+        return batches * self.prompts * self.group * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        order = torch.randperm(len(self.has_images), generator=generator).tolist()
+        batches = [batch for kind in _by_kind(order, self.has_images) for batch in _filled(kind, self.prompts)]
+        for place in torch.randperm(len(batches), generator=generator).tolist():
+            for _ in range(self.repeats):
+                for index in batches[place]:
+                    yield from [index] * self.group
+
+
+def check_prompts(has_images: Sequence[bool], prompts: int, stage: str) -> None:
+    """Refuse a stage in which a kind of samples does not fill a generation batch: it would be seen several times over.
+
+    Raises `InputError`.
+    """
+    kinds = _by_kind(range(len(has_images)), has_images)
+    smallest: list[int] = min(kinds, key=len, default=[])
+    if len(smallest) < prompts:
+        which = "" if len(kinds) < 2 else (" with images" if has_images[smallest[0]] else " without images")
+        raise InputError(
+            f"{len(smallest)} samples{which} do not fill one generation batch of {prompts} prompts",
+            where=f"stage {stage}",
+            field="train.global_batch_size",
+            remedy="Lower it (it counts completions), or give more samples",
+        )
+
+
+def _by_kind(indices: Sequence[int], has_images: Sequence[bool]) -> list[list[int]]:
+    """The indices with images and those without, each kind that occurs."""
+    kinds = [[i for i in indices if has_images[i] == kind] for kind in (True, False)]
+    return [kind for kind in kinds if kind]
+
+
+def _filled(order: Sequence[int], size: int) -> Iterator[list[int]]:
+    """`order` in batches of `size`, the last one filled up from the start (over and over, if need be)."""
+    for start in range(0, len(order), size):
+        yield [order[place % len(order)] for place in range(start, start + size)]
+
+
+def _evenly(items: Sequence[T], parts: int) -> Iterator[Sequence[T]]:
+    """`items` in `parts` consecutive parts whose sizes differ by one at most."""
+    for part in range(parts):
+        yield items[len(items) * part // parts : len(items) * (part + 1) // parts]
