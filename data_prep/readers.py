@@ -165,7 +165,13 @@ def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
 
 def _json_list(path: Path, on_broken: Callable[[InputError], None] | None) -> Iterator[Any]:
     if on_broken is None:
-        yield from iter_json_list(path)
+        try:
+            yield from iter_json_list(path)
+        except InputError as error:
+            if error.problem.startswith("malformed JSON") and _is_closed(path):
+                remedy = "If it was published like that, prepare.on_bad: drop passes over what is broken"
+                raise InputError(error.problem, where=error.where, remedy=remedy) from None
+            raise
         return
     text = read_text(path).removeprefix("\ufeff")
     try:
@@ -173,6 +179,13 @@ def _json_list(path: Path, on_broken: Callable[[InputError], None] | None) -> It
     except (RecursionError, ValueError):
         # A file that breaks off lacks an unknown number of samples: nothing to pass over.
         yield from _salvaged(text, path, on_broken) if text.rstrip().endswith("]") else iter_json_list(path)
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether a file of a JSON list ends as one, and does not break off."""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        return file.read().rstrip().endswith(b"]")
 
 
 def _salvaged(text: str, path: Path, on_broken: Callable[[InputError], None]) -> Iterator[Any]:

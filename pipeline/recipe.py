@@ -163,7 +163,7 @@ class Recipe(Config):
 
     def homes(self, name: str) -> list[int]:
         """The stages that train a task as their own."""
-        return [stage.k for stage in self.stages if name in (*stage.tasks, *stage.visitors)]
+        return [stage.k for stage in self.stages if name in stage.tasks]
 
     def task(self, name: str) -> TaskConfig:
         """The task called `name`."""
