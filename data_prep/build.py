@@ -13,8 +13,10 @@ from typing import Any, cast
 
 from .errors import InputError
 from .files import hash_json, hash_rows, write_json, write_jsonl
+from .gold import Answers
 from .identity import choose_groups, give_ids, rank, set_image_ids, split_keys
 from .images import ImageFacts, inside, inspect_images, store_image
+from .layouts import load_layout
 from .readers import Part, is_function, read_rows
 from .rows import RawSample, parse_row
 from .schema import Message, PrepareConfig, Sample, Style, TaskConfig
@@ -48,12 +50,17 @@ class Builder:
         self.dropped: list[InputError] = []
         self.broken: list[InputError] = []
         self.moved = 0
+        self.layout = load_layout(task.layout, base_dir)
         self.located: dict[tuple[Path, str], tuple[str, Path]] = {}  # name and file of images, by root and as written
 
     def build(self) -> None:
         """Write the task's files into the folder. Raises `InputError`."""
-        parts: dict[Part, list[Item]] = {"train": list(self.read("train", self.task.train))}
-        self._refuse_empty(parts["train"], "train")
+        parts: dict[Part, list[Item]] = {"train": []}
+        if self.task.train is None and not isinstance(self.task.test, str):
+            raise InputError("names no training data and no test data", where=self.task.name)
+        if self.task.train is not None:
+            parts["train"] = list(self.read("train", self.task.train))
+            self._refuse_empty(parts["train"], "train")
         for part, source in self.other_sources().items():
             items = list(self.read(part, source))
             if items or source != self.task.train:
@@ -72,14 +79,17 @@ class Builder:
         for part in PARTS:
             if part in parts:
                 samples[part] = [self._finish(item, part, names) for item in parts[part]]
-                self._refuse_empty(samples[part], part)
+                if part != "train" or self.task.train is not None:
+                    self._refuse_empty(samples[part], part)
                 set_image_ids(samples[part], {names[path]: facts.sha256 for path, facts in images.items()})
         self._check_answers(samples)
         self._note_shared_images(samples, {names[path]: facts.sha256 for path, facts in images.items()})
         if self.moved:
             self.notes.append(f"{self.moved} samples show images inside or after a question: they now come first")
         if self.broken:
-            self.notes.append(f"{len(self.broken)} lines that are not JSON passed over; the first: {self.broken[0]}")
+            self.notes.append(
+                f"{len(self.broken)} stretches that are not JSON passed over; the first: {self.broken[0]}"
+            )
         if self.dropped:
             self.notes.append(f"{len(self.dropped)} bad samples dropped; the first: {self.dropped[0]}")
         write_task(
@@ -109,7 +119,7 @@ class Builder:
 
     def other_sources(self) -> dict[Part, str]:
         """Sources of the validation and test parts. A reader of the training part is asked for those not named."""
-        default = self.task.train if is_function(self.task.train) else None
+        default = self.task.train if self.task.train and is_function(self.task.train) else None
         named = {
             "validation": self.task.validation or default,
             "test": default if self.task.test is None else self.task.test,
@@ -125,13 +135,26 @@ class Builder:
                 raise InputError("no such folder", where=root, field="images")
         root = Path(os.path.abspath(root))
         self.roots.append(root)
+        place = left_out = 0
+        answers = Answers(self.base_dir / self.task.answers) if self.task.answers and part == "test" else None
         on_broken = self.broken.append if self.prepare.on_bad == "drop" else None
-        for where, row in read_rows(source, part, self.base_dir, on_broken=on_broken):
+        rows = read_rows(source, part, self.base_dir, unwrap=self.layout.rows, on_broken=on_broken)
+        for place, (where, raw) in enumerate(rows, 1):
             item = None
             with self._sample():
+                row = self.layout.read(raw, part, where)
+                if row is None:
+                    left_out += 1
+                    continue
+                if answers:
+                    row = answers.give(row, place, where)
                 item = self._item(parse_row(row, where), root)
             if item is not None:
                 yield item
+        if answers:
+            answers.check_places(place)
+        if left_out:
+            self.notes.append(f"{part}: {left_out} rows belong to another part of the data (layout {self.task.layout})")
 
     def _item(self, raw: RawSample, root: Path) -> Item:
         names, paths = [], []
@@ -179,7 +202,7 @@ class Builder:
 
     def choose_style(self, parts: dict[Part, list[Item]]) -> Style:
         """The task's style: the recipe's, else the rows' most common, else inferred for those that name none."""
-        train = [item.sample for item in parts["train"]]
+        train = [item.sample for item in parts["train"] or parts["test"]]
         style = self.task.style
         if style is None:
             unnamed = [sample for sample in train if not sample["style"]]

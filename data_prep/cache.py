@@ -13,7 +13,7 @@ from .files import hash_files, hash_json, read_json, write_json
 def code_identity() -> str:
     """SHA-256 (hex) of the code that prepares data: a change of it makes the cache look again."""
     root = Path(__file__).parent
-    return hash_files([*root.glob("*.py"), *root.glob("asd/*.py")], root)
+    return hash_files([*root.glob("*.py"), *root.glob("asd/*.py"), *root.glob("layouts/*.py")], root)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ from .cache import code_identity, publish, remember, remembered, temporary_folde
 from .errors import InputError
 from .files import hash_json, read_json, write_json
 from .images import ImageFacts
-from .readers import Part, iter_jsonl, source_identity
+from .places import settle
+from .readers import Part, is_function, iter_jsonl, source_identity
 from .schema import AsdConfig, PrepareConfig, PreparedTask, Sample, TaskConfig
 
 
@@ -44,7 +45,10 @@ def prepare_task(
     anything wrong with the data or that model's endpoint, before the folder exists.
     """
     base_dir, cache = base_dir.resolve(), cache.resolve()
-    sources = [source for source in (task.train, task.validation, task.test) if isinstance(source, str)]
+    task = settle(task, base_dir, cache)
+    sources = [source for source in (task.train, task.validation, task.test, task.answers) if isinstance(source, str)]
+    if task.layout and is_function(task.layout):
+        sources.append(task.layout)
     key = hash_json(
         {
             "code": code_identity(),
@@ -102,7 +106,7 @@ def drop_samples(path: Path, drop: dict[Part, set[str]], reason: str, cache: Pat
         part: [s for s in read_samples(path, part) if s["id"] not in drop.get(part, ())] for part in PARTS
     }
     for part in ("train", "test"):
-        if not parts[part]:
+        if not parts[part] and drop.get(part):
             raise InputError(f"no sample of the {part} part is left: {reason}", where=read_task(path)["name"])
     notes = [f"{part}: {len(ids)} samples dropped, {reason}" for part, ids in drop.items() if ids]
     return _derive(path, parts, notes, {}, cache)

@@ -1,17 +1,18 @@
 """Rows of a data source: a JSON list, JSON lines or Parquet, told apart by content, or a `module:function` reader."""
 
 import contextlib
-import hashlib
+import glob
 import importlib
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from .errors import InputError
-from .files import hash_files
+from .files import hash_files, read_text
 from .json_list import iter_json_list
 
 Part = Literal["train", "validation", "test"]
@@ -24,12 +25,17 @@ def is_function(source: str) -> bool:
 
 
 def read_rows(
-    source: str, part: Part, base_dir: Path, *, on_broken: Callable[[InputError], None] | None = None
+    source: str,
+    part: Part,
+    base_dir: Path,
+    *,
+    unwrap: Callable[[Any], Iterable[Any]] | None = None,
+    on_broken: Callable[[InputError], None] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Yield (where, row) of a data file (relative to `base_dir`) or reader; a bad file as a whole is an `InputError`.
+    """Yield (where, row) of data files (relative to `base_dir`) or a reader; a bad file as a whole is an `InputError`.
 
-    Every kind of file is streamed. With `on_broken`, a line of JSON lines that is none is passed over, and reported to
-    it.
+    Every kind of file is streamed but one that is a single JSON object, in which `unwrap` finds the rows. With
+    `on_broken`, what is no JSON inside a list, or a line of JSON lines, is passed over, and reported to it.
     """
     if is_function(source):
         index, rows = 0, load_function(source, base_dir)
@@ -42,18 +48,33 @@ def read_rows(
             where = f"{source}: sample {index + 1} of {part}"
             raise InputError(f"the reader failed: {type(error).__name__}: {error}", where=where) from error
         return
+    for path in source_files(source, base_dir):
+        kind = _file_kind(path)
+        if kind == "parquet":
+            yield from _parquet_rows(path)
+        elif kind == "list":
+            yield from ((f"{path}: sample {index}", row) for index, row in enumerate(_json_list(path, on_broken), 1))
+        elif unwrap is not None and (document := _json_object(path)) is not None:
+            yield from ((f"{path}: sample {index}", row) for index, row in enumerate(unwrap(document), 1))
+        else:
+            yield from iter_jsonl(path, on_broken)
+
+
+def source_files(source: str, base_dir: Path) -> list[Path]:
+    """The files a source names, relative to `base_dir`: one, or all that a pattern (`data/train-*.parquet`) matches.
+
+    Raises `InputError` if there are none.
+    """
     path = base_dir / source
-    kind = _file_kind(path)
-    if kind == "parquet":
-        yield from _parquet_rows(path)
-    elif kind == "list":
-        yield from ((f"{path}: sample {index}", row) for index, row in enumerate(iter_json_list(path), 1))
-    else:
-        yield from iter_jsonl(path, on_broken)
+    if path.exists() or not glob.has_magic(source):
+        return [path]  # what is missing is refused where it is opened
+    if found := sorted(glob.glob(str(path), recursive=True)):
+        return [Path(name) for name in found]
+    raise InputError("no file matches", where=path)
 
 
 def source_identity(source: str, base_dir: Path) -> str:
-    """SHA-256 (hex) of a data file, or of the code of a reader (its module and the modules beside it).
+    """SHA-256 (hex) of the data files, or of the code of a reader (its module and the modules beside it).
 
     Data that a reader fetches from elsewhere are not seen: change its code when they change.
     """
@@ -61,10 +82,10 @@ def source_identity(source: str, base_dir: Path) -> str:
         load_function(source, base_dir)
         folder = Path(str(sys.modules[source.partition(":")[0]].__file__)).parent
         return hash_files(folder.glob("*.py"), folder)
-    path = base_dir / source
-    _file_kind(path)  # refuses what cannot be read
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    files = source_files(source, base_dir)
+    for path in files:
+        _file_kind(path)  # refuses what cannot be read
+    return hash_files(files, base_dir)
 
 
 def load_function(spec: str, base_dir: Path) -> Callable[..., Any]:
@@ -140,6 +161,75 @@ def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
     if not text:
         raise InputError("is empty", where=path)
     return "list" if text.startswith(b"[") else "lines"
+
+
+def _json_list(path: Path, on_broken: Callable[[InputError], None] | None) -> Iterator[Any]:
+    closed = _is_closed(path)  # a file that breaks off lacks an unknown number of samples: nothing to pass over
+    if on_broken is not None and closed and _breaks(path):
+        yield from _salvaged(read_text(path).removeprefix("\ufeff"), path, on_broken)
+        return
+    try:
+        yield from iter_json_list(path)
+    except InputError as error:
+        if not closed or not error.problem.startswith("malformed JSON"):
+            raise
+        remedy = "If it was published like that, prepare.on_bad: drop passes over what is broken"
+        raise InputError(error.problem, where=error.where, remedy=remedy) from None
+
+
+def _is_closed(path: Path) -> bool:
+    """Whether the last character of a file but white space is a closing bracket."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        return file.read().rstrip().endswith(b"]")
+
+
+def _breaks(path: Path) -> bool:
+    """Whether a list is not all JSON."""
+    try:
+        for _ in iter_json_list(path):
+            pass
+    except InputError as error:
+        return error.problem.startswith("malformed JSON")
+    return False
+
+
+def _salvaged(text: str, path: Path, on_broken: Callable[[InputError], None]) -> Iterator[Any]:
+    """The objects of a list that is not all JSON; each stretch between them that is none goes to `on_broken`.
+
+    Bare line breaks and tabs inside strings are let pass: what they stand for is not in doubt. Of a broken row, whole
+    objects inside may be left; they have none of the keys of the longest object, which is a row.
+    """
+    decoder, position = json.JSONDecoder(strict=False), text.index("[") + 1
+    found: list[tuple[int, int, dict[str, Any]]] = []
+    end = position
+    while (start := text.find("{", position)) >= 0:
+        try:
+            row, position = decoder.raw_decode(text, start)
+            found.append((start, position, row))
+        except json.JSONDecodeError:
+            position = start + 1
+    keys = set(max(found, key=lambda row: row[1] - row[0])[2]) if found else set()
+    rows = [row for row in found if not keys.isdisjoint(row[2])]
+    for start, stop, row in [*rows, (text.rindex("]"), 0, {})]:
+        if stretch := text[end:start].strip(", \t\r\n"):
+            line = text.count("\n", 0, text.index(stretch, end)) + 1
+            on_broken(InputError(f"not JSON: {stretch[:60]!r}", where=f"{path}:{line}"))
+        if row:
+            yield row
+        end = stop
+
+
+def _json_object(path: Path) -> Any:
+    """The value of a file that is one JSON object; `None` where it is one object a line."""
+    try:
+        return json.loads(read_text(path).removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        where = f"{path}:{error.lineno}:{error.colno}"
+        remedy = "The file may be half-written: fetch it again"
+        raise InputError(f"malformed JSON: {error.msg}", where=where, remedy=remedy) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -55,12 +55,18 @@ class TaskConfig(Config):
     """One task of a stream, as a recipe writes it (design: `{name: receipts, train: train.json, test: …}`)."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    train: str  # a file (.json, .jsonl, .parquet), or module:function, a reader
+    # hub:owner/name[@revision], which the paths below are in. A folder given here is part of them once a recipe is read
+    data: str | None = None
+    # a file (.json, .jsonl, .parquet), several (data/train-*.parquet), or module:function, a reader; None: a task that
+    # is only ever evaluated
+    train: str | None = None
     test: str | float | None = (
         None  # a file, a reader, or the share of images to split off. None: a train reader's own test part, else 0.1
     )
     validation: str | None = None
-    images: str | None = None  # the folder image paths are relative to; default: the data file's folder
+    images: str | None = None  # the folder (or .zip) image paths are relative to; default: the data file's folder
+    answers: str | None = None  # a file with the accepted answers of the test part, where its own file has none
+    layout: str | None = None  # of mcit.data_prep.layouts, or module:function; None: told by the fields of a row
     style: Style | None = None  # inferred from the answers if missing
     reasoning: Reasoning = "none"
     scorer: str | None = None  # a kind of mcit.eval.scorers or module:function; inferred from the style if missing

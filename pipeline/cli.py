@@ -442,3 +442,7 @@ def _configuration(recipe: str, overrides: list[str] | None, with_method: list[s
 
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,12 @@ import mcit.recipes
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_text
 
+from .tasks import inherited, place_tasks, resolve_paths, tasks_of
+
 RECIPES = Path(mcit.recipes.__file__).parent
 COMMAND_LINE = "command line"
 
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_DATA_KEYS = ("train", "validation", "test", "images")
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -99,17 +98,22 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
     """Read a recipe by path, packaged name (`mini/sefe`) or run directory, and lay everything over it in order.
 
     What a file extends comes first, then the file, each `--with` method, then the `key=value` overrides. Relative
-    paths are resolved against the folder of the file that wrote them (overrides: the current folder).
+    paths are resolved against the folder of the file that wrote them (overrides: the current folder); those of tasks in
+    a file that has a `data:` key, or extends one that has, against what `data` is in the end.
     Raises `InputError`.
     """
     path = find_recipe(name)
     layers = Layers({"folder": str(path.parent.resolve())})
     layers.origins[()] = str(path)
-    layer = read_layer(path)
-    extends = layer.pop("extends", None)
+    layer = _read_mapping(path)
+    extends, parent = layer.pop("extends", None), {}
     if extends is not None:
         parent = _parent(path, extends)
         layers.add(parent, str(path.parent / extends))
+    resolve_paths(layer, path.resolve().parent, under_data="data" in parent)
+    stream = layer.get("stream")
+    if isinstance(stream, list):
+        layer["stream"] = inherited(stream, parent.get("stream"))
     layers.add(layer, str(path))
     for method in with_methods:
         layer, origin = _method_layer(method)
@@ -118,6 +122,7 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
     for override in overrides:
         _override(layers, override)
         _expand_stream(layers, path)
+    place_tasks(layers.values)
     return layers
 
 
@@ -138,10 +143,15 @@ def find_recipe(name: str | Path) -> Path:
 
 def read_layer(path: Path) -> dict[str, Any]:
     """One YAML file as a mapping with absolute paths. Raises `InputError` that names line and column."""
+    layer = _read_mapping(path)
+    resolve_paths(layer, path.resolve().parent)
+    return layer
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
     layer = parse_yaml(read_text(path), str(path))
     if not isinstance(layer, dict):
         raise InputError("is not a mapping of keys", where=path, remedy="A recipe starts with `name: …`")
-    resolve_paths(layer, path.resolve().parent)
     return layer
 
 
@@ -155,29 +165,6 @@ def parse_yaml(text: str, where: str) -> Any:
         raise InputError(f"malformed YAML: {error.problem}", where=place) from None
     except yaml.YAMLError as error:
         raise InputError(f"malformed YAML: {error}", where=where) from None
-
-
-def resolve_paths(layer: dict[str, Any], folder: Path) -> None:
-    """Make the paths in a layer absolute, in place: the base model's folder, and the data files of every task."""
-    base = layer.get("base_model")
-    if isinstance(base, dict) and isinstance(base.get("path"), str):
-        local = folder / Path(base["path"]).expanduser()
-        if local.exists() or not _HUB_ID.fullmatch(base["path"]) or base["path"].startswith("."):
-            base["path"] = str(local.resolve())
-    for task in tasks_of(layer.get("stream")):
-        for key in _DATA_KEYS:
-            if isinstance(task.get(key), str) and not _REFERENCE.fullmatch(task[key]):
-                # Not resolve(): image paths in the data are compared with `images` as they are written.
-                task[key] = os.path.abspath(folder / Path(task[key]).expanduser())
-
-
-def tasks_of(stream: Any) -> Iterable[dict[str, Any]]:
-    """The task mappings in a raw `stream:`, those inside mixed stages too."""
-    for entry in stream if isinstance(stream, list) else ():
-        if isinstance(entry, dict):
-            yield entry
-        else:
-            yield from tasks_of(entry)
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
@@ -195,7 +182,7 @@ def _known(key: str, known: Iterable[str], what: str) -> str:
 
 def _packaged() -> Iterable[Path]:
     """The recipes that ship with mcit (not the method files and not the launchers' settings)."""
-    return (file for file in RECIPES.glob("*/*.yaml") if file.parent.name not in ("methods", "accelerate"))
+    return (file for file in RECIPES.glob("*/*.yaml") if file.parent.name not in ("methods", "accelerate", "probes"))
 
 
 def _parent(path: Path, extends: Any) -> dict[str, Any]:
@@ -241,8 +228,11 @@ def _expand_stream(layers: Layers, path: Path) -> None:
             field="stream",
             remedy=_known(name, names, "Streams"),
         )
-    layers.values["stream"] = read_layer(file).get("stream")
+    layer = read_layer(file)
+    layers.values["stream"] = layer.get("stream")
     layers.origins[("stream",)] = str(file)
+    if "data" in layer:
+        layers.values.setdefault("data", layer["data"])
 
 
 def _override(layers: Layers, override: str) -> None:
@@ -257,6 +247,8 @@ def _override(layers: Layers, override: str) -> None:
     resolve_paths(fragment, Path.cwd())
     for part in keys:
         fragment = fragment[0 if isinstance(part, int) else part]
+    if keys == ["stream"] and isinstance(fragment, list):
+        fragment = inherited(fragment, layers.values.get("stream"))
     layers.set(keys, fragment, COMMAND_LINE)
 
 

@@ -15,6 +15,7 @@ from mcit.data_prep.files import atomic_open
 from mcit.data_prep.schema import AsdConfig, Config, PrepareConfig, TaskConfig
 from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers, to_yaml
+from mcit.pipeline.schedule import RecurConfig
 
 Lineage = Literal["continue", "stack", "fold", "independent"]
 Reference = Literal["base", "previous", "none"]
@@ -99,6 +100,7 @@ class Stage:
     name: str  # the task's name; of a mixed stage, the names joined by "+"
     tasks: list[str]
     train: TrainConfig
+    visitors: tuple[str, ...] = ()  # other tasks of which some samples are trained here (`blur`)
 
     @property
     def folder(self) -> str:
@@ -116,7 +118,10 @@ class Recipe(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     seed: int = 0
     base_model: ModelConfig
+    data: str | None = None  # the folder, or hub:owner/name[@revision], that the paths of a packaged stream are in
     stream: list[_Entry] = Field(min_length=1)
+    recur: RecurConfig | None = None  # the stages are drawn from the stream, under the seed
+    blur: float = Field(default=0.0, ge=0, lt=1)  # the share of each task's samples that other stages train
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
@@ -125,8 +130,14 @@ class Recipe(Config):
 
     @property
     def entries(self) -> list[list[TaskConfig | str]]:
-        """The stream with every entry as a list: what each stage 1…K trains."""
-        return [entry if isinstance(entry, list) else [entry] for entry in self.stream]
+        """The stream with every entry as a list: what each stage 1…K trains. Raises `InputError` if `recur` cannot."""
+        if self.recur is None:
+            return [entry if isinstance(entry, list) else [entry] for entry in self.stream]
+        tasks: dict[str, TaskConfig | str] = {task.name: task for task in self.stream if isinstance(task, TaskConfig)}
+        if len(tasks) < len(self.stream):
+            raise InputError("the stream is no plain list of tasks", field="recur", remedy="List each task once")
+        stages = self.recur.draw(list(tasks), self.seed)
+        return [[tasks.pop(name, name) for name in names] for names in stages]  # defined where it first occurs
 
     @property
     def tasks(self) -> list[TaskConfig]:
@@ -150,13 +161,17 @@ class Recipe(Config):
         """Answer-style diversification of the training data, if the method asks for it."""
         return AsdConfig.model_validate(self.method["asd"]) if "asd" in self.method else None
 
+    def homes(self, name: str) -> list[int]:
+        """The stages that train a task as their own."""
+        return [stage.k for stage in self.stages if name in stage.tasks]
+
     def task(self, name: str) -> TaskConfig:
         """The task called `name`."""
         return next(task for task in self.tasks if task.name == name)
 
     def max_length(self, name: str) -> int | None:
         """The tokens that fit in every stage that trains a task; None: only the model's context limits them."""
-        limits = [stage.train.max_length for stage in self.stages if name in stage.tasks]
+        limits = [stage.train.max_length for stage in self.stages if name in (*stage.tasks, *stage.visitors)]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _stage(self, k: int, entry: list[TaskConfig | str]) -> Stage:
@@ -170,7 +185,8 @@ class Recipe(Config):
                     raise InputError(problem, where=section, field=".".join(keys))
                 train.set(keys, value, section)
         try:
-            return Stage(k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True))
+            visitors = tuple(task.name for task in self.tasks if task.name not in names) if self.blur else ()
+            return Stage(k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True), visitors)
         except ValidationError as error:
             raise _input_error(error, TrainConfig, train) from None
 
@@ -194,6 +210,8 @@ def load_recipe(
     except ValidationError as error:
         raise _input_error(error, Recipe, layers) from None
     sys.path += [folder for folder in (recipe.folder, os.getcwd()) if folder not in sys.path]
+    with _located(layers.origin(("recur",))):
+        _ = recipe.entries
     _check_names(recipe, layers)
     with _located(layers.origin(("stream",))):
         stages = recipe.stages  # a task's overrides are checked here, not when its stage's turn comes
@@ -247,6 +265,8 @@ def _check_names(recipe: Recipe, layers: Layers) -> None:
                     field=f"stream.{index}",
                     remedy="Write only its name where it re-occurs",
                 )
+            if isinstance(task, TaskConfig) and task.train is None:
+                raise InputError("is missing", where=where, field=f"stream.{name}.train")
             if names.count(name) > 1:
                 raise InputError(f"{name} stands twice in one stage", where=where, field=f"stream.{index}")
             defined.add(name)

@@ -6,8 +6,10 @@ from typing import Any
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json
+from mcit.data_prep.hub import is_pinned, pin, same_dataset
+from mcit.data_prep.places import PATHS
 from mcit.data_prep.prepare import read_task
-from mcit.data_prep.readers import is_function
+from mcit.data_prep.readers import is_function, source_files
 from mcit.eval.hashing import hub_commit
 from mcit.eval.results import read_results
 
@@ -17,6 +19,7 @@ from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
 from .status import write_status
 from .step import Launch, Step
 from .steps import Run
+from .tasks import tasks_of
 from .terminal import Terminal
 
 
@@ -25,6 +28,7 @@ def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal)
     _check_files(recipe)
     _check_batches(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
+    _pin_data(recipe, run_dir)
     run, before = Run(recipe, run_dir.resolve(), launch), _recipe_before(run_dir)
     if before and before.get("name") != recipe.name:
         terminal.say(
@@ -70,14 +74,21 @@ def show_results(run: Run, terminal: Terminal) -> None:
 
 
 def _check_files(recipe: Recipe) -> None:
-    """Refuse missing data files before anything is written."""
+    """Refuse missing data files before anything is written; what is on the Hub is looked for when it is fetched."""
     for task in recipe.tasks:
-        for key in ("train", "validation", "test"):
-            source = getattr(task, key)
-            if isinstance(source, str) and not is_function(source) and not Path(source).is_file():
-                raise InputError("no such file", where=source, field=f"stream.{task.name}.{key}")
-        if task.images is not None and not Path(task.images).is_dir():
-            raise InputError("no such folder", where=task.images, field=f"stream.{task.name}.images")
+        for key in PATHS:
+            source, field = getattr(task, key), f"stream.{task.name}.{key}"
+            if task.data is not None or not isinstance(source, str) or is_function(source):
+                continue
+            if not Path(source).is_absolute():
+                remedy = "Give the folder of the downloaded data: data=FOLDER (docs/data.md says what is in it)"
+                problem = f"is not set, and {field} ({source}) is in it"
+                raise InputError(problem, where=recipe.name, field="data", remedy=remedy)
+            if key == "images" and not source.endswith(".zip"):
+                if not Path(source).is_dir():
+                    raise InputError("no such folder", where=source, field=field)
+            elif not all(path.is_file() for path in source_files(source, Path())):
+                raise InputError("no such file", where=source, field=field)
 
 
 def _check_batches(recipe: Recipe, launch: Launch) -> None:
@@ -99,6 +110,22 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
     if before.get("path") == model.path and model.revision is None:
         return model.model_copy(update={"revision": before.get("revision")})
     return model.model_copy(update={"revision": hub_commit(model.path, model.revision)})
+
+
+def _pin_data(recipe: Recipe, run_dir: Path) -> None:
+    """Name the commit of every dataset on the Hub, so that a run keeps to the data that it began with."""
+    before = {task.get("name"): task.get("data") for task in tasks_of((_recipe_before(run_dir) or {}).get("stream"))}
+    pinned: dict[str, str] = {}
+    for task in recipe.tasks:
+        if task.data is None:
+            continue
+        earlier = before.get(task.name)
+        if earlier and not is_pinned(task.data) and same_dataset(earlier, task.data):
+            task.data = earlier
+        else:
+            if task.data not in pinned:
+                pinned[task.data] = pin(task.data)
+            task.data = pinned[task.data]
 
 
 def _recipe_before(run_dir: Path) -> dict[str, Any] | None:

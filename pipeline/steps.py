@@ -200,7 +200,8 @@ class Run:
             entering = before.done()
             if entering is None:
                 return None
-            row0, tasks = read_serving(self.stage_dir(0)), {name: self.task(name) for name in stage.tasks}
+            row0 = read_serving(self.stage_dir(0))
+            tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
             other = "rft" if stage.train.paradigm == "sft" else "sft"
             return {
                 "stage": stage.k,
@@ -209,6 +210,7 @@ class Run:
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
                 "data": {name: task["train_hash"] for name, task in tasks.items()},
+                **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
@@ -325,5 +327,7 @@ class Run:
 
     def _child(self, step: Step, command: list[str], show: Show, lock: int) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
-        env = {"HF_HUB_DISABLE_TELEMETRY": "1"} | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+        # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
+        usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
         run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mcit.data_prep.cache import temporary_folder
 from mcit.data_prep.checks import TokenCounter
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.places import settle
 from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import Sample, TaskConfig
 from mcit.data_prep.styles import split_reasoning
@@ -69,25 +70,31 @@ def verify(
     """
     wanted, recipes = _wanted(data, images, tests, model, max_length)
     pictures, findings = Pictures(), Findings()
-    with temporary_folder(cache_dir().resolve()) as folder:
-        scans = [
-            Scan(
-                number,
-                one.task,
-                one.sources,
-                base_dir=one.base_dir,
-                folder=folder / str(number),
-                pictures=pictures,
-                findings=findings,
-            )
-            for number, one in enumerate(wanted)
-        ]
-        verified = Verified(scans, pictures, findings, recipes)
-        for scan in scans:
+    cache = cache_dir().resolve()
+    with temporary_folder(cache) as folder:
+        verified = Verified([], pictures, findings, recipes)
+        limited = []
+        for one in wanted:
+            try:
+                task, number = settle(one.task, one.base_dir, cache), len(verified.scans)
+                scan = Scan(
+                    number,
+                    task,
+                    one.sources,
+                    base_dir=one.base_dir,
+                    folder=folder / str(number),
+                    pictures=pictures,
+                    findings=findings,
+                )
+            except InputError as error:  # a Hub dataset that is not there, an archive that is none
+                findings.add("file", error, task=one.task.name, part="train")
+                continue
+            verified.scans.append(scan)
+            limited.append(one)
             scan.read(show)
         pictures.look(show)
         counters = _Counters(pictures, verified.notes)
-        for scan, one in zip(scans, wanted, strict=True):
+        for scan, one in zip(verified.scans, limited, strict=True):
             if scan.lacks_test:
                 scan.split_off()
             counter, context = counters.of(one.model)
@@ -97,7 +104,7 @@ def verify(
             find_twins(scan, pictures)
             verified.notes += [f"{scan.name}: {note}" for note in scan.builder.notes]
         show("looking for leaks")
-        verified.overlaps = find_leaks(scans, pictures)
+        verified.overlaps = find_leaks(verified.scans, pictures)
         yield verified
 
 

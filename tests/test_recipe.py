@@ -10,6 +10,9 @@ from mcit.eval.cells import needed_cells
 from mcit.eval.metrics import continual_metrics
 from mcit.pipeline.layers import RECIPES, parse_yaml, to_yaml
 from mcit.pipeline.recipe import Recipe, dump_recipe, load_recipe, write_recipe
+from mcit.pipeline.run import start_run
+from mcit.pipeline.step import Launch
+from mcit.pipeline.terminal import Terminal
 
 SMALL = """
 name: small
@@ -124,7 +127,8 @@ def test_extends_goes_one_level(recipe_file, tmp_path):
 
 def packaged() -> list[str]:
     files = [file.relative_to(RECIPES).with_suffix("") for file in RECIPES.glob("*/*.yaml")]
-    return sorted(str(f) for f in files if f.parent.name not in ("methods", "accelerate") and f.name != "stream")
+    no_recipes = ("methods", "accelerate", "probes")
+    return sorted(str(f) for f in files if f.parent.name not in no_recipes and str(f) != "mini/stream")
 
 
 @pytest.mark.parametrize("name", packaged())
@@ -143,6 +147,85 @@ def test_a_stream_by_name_is_the_packaged_one(tmp_path):
     assert load_recipe(tmp_path / "r.yaml").tasks == load_recipe("mini/sequential").tasks
     (tmp_path / "r.yaml").write_text("name: mine\nbase_model: {path: acme/tiny}\nstream: minni\n")
     assert refusal(tmp_path / "r.yaml") == f"{tmp_path / 'r.yaml'}: stream: no such stream: minni. Did you mean `mini`?"
+
+
+# --- Where the data are -----------------------------------------------------------------------------------------------
+
+UNDER_DATA = """
+name: bench
+data:
+base_model: {path: acme/tiny}
+stream:
+  - {name: a, train: a/train.json, test: a/test.json, images: .}
+  - {name: b, data: b-files, train: "train-*.parquet"}
+  - {name: c, data: hub:acme/c@v1, train: c.json}
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Path:
+    (tmp_path / "bench.yaml").write_text(UNDER_DATA)
+    return tmp_path / "bench.yaml"
+
+
+def places(recipe: Recipe) -> list[tuple[str | None, str | None]]:
+    return [(task.data, task.train) for task in recipe.tasks]
+
+
+def test_paths_are_relative_to_data(bench, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "d"
+    recipe = load_recipe(bench, ["data=d"])
+    assert places(recipe) == [
+        (None, f"{root}/a/train.json"),
+        (None, f"{root}/b-files/train-*.parquet"),
+        ("hub:acme/c@v1", "c.json"),
+    ]
+    assert (recipe.task("a").test, recipe.task("a").images) == (f"{root}/a/test.json", str(root))
+    write_recipe(recipe, tmp_path / "run" / "recipe.yaml")
+    assert dump_recipe(load_recipe(tmp_path / "run")) == dump_recipe(recipe)
+
+
+def test_data_may_be_a_dataset_on_the_hub(bench):
+    assert places(load_recipe(bench, ["data=hub:acme/all"])) == [
+        ("hub:acme/all", "a/train.json"),
+        ("hub:acme/all", "b-files/train-*.parquet"),
+        ("hub:acme/c@v1", "c.json"),
+    ]
+    one = load_recipe(bench, ["data=/d", "stream.b.data=hub:acme/b"])
+    assert places(one)[:2] == [(None, "/d/a/train.json"), ("hub:acme/b", "train-*.parquet")]
+
+
+def test_without_data_a_recipe_can_be_looked_at_and_not_run(bench, tmp_path):
+    recipe = load_recipe(bench)
+    assert places(recipe)[0] == (None, "a/train.json")
+    with pytest.raises(InputError, match=r"^bench: data: is not set, and stream.a.train .*data=FOLDER") as error:
+        start_run(recipe, tmp_path / "run", Launch.named("single", None), Terminal())
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_paths_of_a_recipe_that_extends_one_with_data_are_in_it_too(bench, tmp_path):
+    (tmp_path / "more.yaml").write_text("extends: bench.yaml\nname: more\nstream: [{name: a, train: a/x20.json}]\n")
+    assert places(load_recipe(tmp_path / "more.yaml", ["data=/d"])) == [(None, "/d/a/x20.json")]
+    (tmp_path / "own.yaml").write_text("name: own\nbase_model: {path: acme/tiny}\nstream: coin\n")
+    assert load_recipe(tmp_path / "own.yaml", ["data=/d"]).task("GQA").images == "/d"
+
+
+def test_a_stream_names_the_tasks_of_what_it_extends(recipe_file, tmp_path):
+    (tmp_path / "order.yaml").write_text(
+        "extends: small.yaml\nname: order\nstream: [b, {name: a, test: 0.3}, {name: c, train: c.json}, b, [a, c]]\n"
+    )
+    recipe = load_recipe(tmp_path / "order.yaml")
+    assert [task.name for task in recipe.tasks] == ["b", "a", "c"]
+    assert recipe.task("b") == load_recipe(recipe_file).task("b")
+    assert recipe.task("a").test == 0.3 and recipe.task("a").train == str(tmp_path / "a.json")
+    assert [stage.tasks for stage in recipe.stages] == [["b"], ["a"], ["c"], ["b"], ["a", "c"]]
+    swapped = load_recipe(recipe_file, ["stream=[b, a]"])
+    assert [task.name for task in swapped.tasks] == ["b", "a"]
+
+
+def test_a_task_without_training_data_is_refused(recipe_file):
+    assert refusal(recipe_file, ["stream.a.train=null"]) == "command line: stream.a.train: is missing"
 
 
 def test_a_run_directory_stands_for_its_recipe_and_loads_the_same(recipe_file, tmp_path):

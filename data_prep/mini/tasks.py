@@ -22,7 +22,7 @@ from . import rationales, world
 _USUAL = {"train": 1000, "validation": 100, "test": 200}
 # What is learned slowest has more samples to train.
 SIZES = dict.fromkeys(rationales.TASKS, _USUAL) | {
-    "digits": _USUAL | {"train": 3000},
+    "digits": _USUAL | {"train": 4000},
     "arithmetic": _USUAL | {"train": 2000},
 }
 Program = dict[str, Any]
@@ -93,7 +93,7 @@ def digits(part: str, tuning: bool = False) -> Iterator[dict]:
     first, last = _HANDWRITING[tuning][part]
     for number in range(SIZES["digits"][part]):
         index = first + number % (last - first)
-        picture = world.place_glyph(rng, Image.fromarray((images[index] * 255 / 16).astype(np.uint8)))
+        picture = world.place_glyph(rng, Image.fromarray((images[index] * 255 / 16).astype(np.uint8)), steady=True)
         program = {"question": "Which digit is written here?", "answer": str(targets[index])}
         sample = _sample("digits", part, number, program, picture, "short")
         sample["meta"]["image_id"] = f"digit-{index}"

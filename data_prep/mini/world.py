@@ -177,10 +177,17 @@ def draw_letter(rng: np.random.Generator, letter: str) -> Image.Image:
     return place_glyph(rng, glyph)
 
 
-def place_glyph(rng: np.random.Generator, glyph: Image.Image) -> Image.Image:
-    """Put a light-on-dark glyph (mode L, any size) on the 64×64 picture, about 40×48 pixels, near the middle."""
-    width, height = int(2 * rng.integers(17, 23)), int(2 * rng.integers(21, 26))
-    x, y = (SIZE - width) // 2 + int(rng.integers(-5, 6)), (SIZE - height) // 2 + int(rng.integers(-4, 5))
+def place_glyph(rng: np.random.Generator, glyph: Image.Image, steady: bool = False) -> Image.Image:
+    """Put a light-on-dark glyph (mode L, any size) on the 64×64 picture, about 40×48 pixels, near the middle.
+
+    `steady`: always of that size, and no more than 2 pixels off.
+    """
+    if steady:
+        width, height, off_x, off_y = 40, 48, 2, 2
+    else:
+        width, height, off_x, off_y = int(2 * rng.integers(17, 23)), int(2 * rng.integers(21, 26)), 5, 4
+    x = (SIZE - width) // 2 + int(rng.integers(-off_x, off_x + 1))
+    y = (SIZE - height) // 2 + int(rng.integers(-off_y, off_y + 1))
     canvas = Image.new("L", (SIZE, SIZE), 0)
     canvas.paste(glyph.resize((width, height), Image.Resampling.BICUBIC), (x, y))
     ink = np.asarray(canvas, dtype=np.float32)[..., None] / 255
