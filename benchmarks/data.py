@@ -5,7 +5,7 @@
 Makes a LLaVA JSON file of synthetic questions on drawn JPEG images of 160×120 pixels in OUT, once, and a tenth as many
 to test on. Then runs each command in a process of its own, from an empty cache, and prints and writes (`OUT/data.json`)
 seconds, CPU seconds, samples a second and peak memory: the largest resident set of one process, and of all processes of
-the command together, sampled ten times a second.
+the command together, sampled ten times a second. `--only decoders` compares ways to use the cores on the images.
 """
 
 import argparse
@@ -17,11 +17,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+import mcit.recipes
 from mcit.data_prep.files import write_json
+from mcit.data_prep.images import map_images
+from mcit.data_prep.verify.pictures import look_at
 
 MCIT = "from mcit.pipeline.cli import main; main()"
 SIDES = (160, 120)
@@ -89,6 +93,21 @@ def measure(command: list[str], cache: Path) -> dict[str, float]:
     return {"seconds": time.monotonic() - start, "cpu_seconds": cpu, "exit": code, **peak}
 
 
+def compare_decoders(out: Path) -> None:
+    """Print how many images a second `verify` looks at alone, in threads and in processes, each on all cores."""
+    paths = sorted((out / "images" / "train").rglob("*.jpg"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        ways = {
+            "alone": lambda: list(map(look_at, paths)),
+            "threads": lambda: list(pool.map(look_at, paths)),
+            "processes": lambda: list(map_images(look_at, paths)),
+        }
+        for name, look in ways.items():
+            start = time.monotonic()
+            look()
+            print(f"{name:10} {len(paths) / (time.monotonic() - start):6.0f} images/s", flush=True)
+
+
 def family(pid: int) -> list[int]:
     """A process and all below it (Linux)."""
     found = [pid]
@@ -121,8 +140,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not (out / "test.json").exists():
         make(out, arguments.samples, arguments.images)
-    import mcit.recipes
-
+    if arguments.only == ["decoders"]:
+        compare_decoders(out)
+        return
     model = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
     (out / "recipe.yaml").write_text(RECIPE.format(model=model))
     for made in ("cache", "run"):

@@ -50,8 +50,8 @@ class Builder:
         self.dropped: list[InputError] = []
         self.broken: list[InputError] = []
         self.moved = 0
-        self.located: dict[tuple[Path, str], tuple[str, Path]] = {}  # name and file of images, by root and as written
         self.layout = load_layout(task.layout, base_dir)
+        self.located: dict[tuple[Path, str], tuple[str, Path]] = {}  # name and file of images, by root and as written
 
     def build(self) -> None:
         """Write the task's files into the folder. Raises `InputError`."""

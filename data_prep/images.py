@@ -4,7 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path, PurePath
 from typing import NamedTuple, TypeVar
@@ -88,18 +88,20 @@ def inspect_images(paths: Iterable[Path], *, decode: bool = True) -> dict[Path, 
 
 
 def map_images(look: Callable[[Path], Fact], paths: Sequence[Path]) -> Iterator[Fact]:
-    """`look` at each file, in order; of many files on all cores, in processes (`look` is then a module's function).
+    """`look` at each file, in order, on all cores: in threads, or of many files in processes.
 
-    Decoding leaves Python's lock, but of small images most of the time is spent around it: threads are slower than
-    none (benchmarks/README.md).
+    Decoding leaves Python's lock, so threads do for large images; of small ones most time is spent around it, and these
+    come in large numbers. `look` is a function of a module, for processes to find it.
     """
     workers = min(os.cpu_count() or 1, len(paths) // _WORTH_A_PROCESS)
+    pool: Executor
     if workers < 2:
-        yield from map(look, paths)
-        return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        pool, chunk = ThreadPoolExecutor(os.cpu_count()), 1
+    else:
+        pool, chunk = ProcessPoolExecutor(workers, mp_context=get_context("spawn")), _CHUNK
+    with pool:
         for start in range(0, len(paths), _AT_ONCE):
-            yield from pool.map(look, paths[start : start + _AT_ONCE], chunksize=_CHUNK)
+            yield from pool.map(look, paths[start : start + _AT_ONCE], chunksize=chunk)
 
 
 def _facts(path: Path) -> ImageFacts | InputError:

@@ -4,6 +4,7 @@ import contextlib
 import glob
 import importlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,9 +34,8 @@ def read_rows(
 ) -> Iterator[tuple[str, Any]]:
     """Yield (where, row) of data files (relative to `base_dir`) or a reader; a bad file as a whole is an `InputError`.
 
-    Every kind of file is streamed, except for a file that is one JSON object, in which `unwrap` finds the rows. With
-    `on_broken`, what is no JSON inside a list or in a line is passed over, and reported to it; a list is read at once
-    then.
+    Every kind of file is streamed but one that is a single JSON object, in which `unwrap` finds the rows. With
+    `on_broken`, what is no JSON inside a list, or a line of JSON lines, is passed over, and reported to it.
     """
     if is_function(source):
         index, rows = 0, load_function(source, base_dir)
@@ -164,28 +164,34 @@ def _file_kind(path: Path) -> Literal["parquet", "list", "lines"]:
 
 
 def _json_list(path: Path, on_broken: Callable[[InputError], None] | None) -> Iterator[Any]:
-    if on_broken is None:
-        try:
-            yield from iter_json_list(path)
-        except InputError as error:
-            if error.problem.startswith("malformed JSON") and _is_closed(path):
-                remedy = "If it was published like that, prepare.on_bad: drop passes over what is broken"
-                raise InputError(error.problem, where=error.where, remedy=remedy) from None
-            raise
+    closed = _is_closed(path)  # a file that breaks off lacks an unknown number of samples: nothing to pass over
+    if on_broken is not None and closed and _breaks(path):
+        yield from _salvaged(read_text(path).removeprefix("\ufeff"), path, on_broken)
         return
-    text = read_text(path).removeprefix("\ufeff")
     try:
-        yield from cast(list[Any], json.loads(text))
-    except (RecursionError, ValueError):
-        # A file that breaks off lacks an unknown number of samples: nothing to pass over.
-        yield from _salvaged(text, path, on_broken) if text.rstrip().endswith("]") else iter_json_list(path)
+        yield from iter_json_list(path)
+    except InputError as error:
+        if not closed or not error.problem.startswith("malformed JSON"):
+            raise
+        remedy = "If it was published like that, prepare.on_bad: drop passes over what is broken"
+        raise InputError(error.problem, where=error.where, remedy=remedy) from None
 
 
 def _is_closed(path: Path) -> bool:
-    """Whether a file of a JSON list ends as one, and does not break off."""
+    """Whether the last character of a file but white space is a closing bracket."""
     with open(path, "rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         return file.read().rstrip().endswith(b"]")
+
+
+def _breaks(path: Path) -> bool:
+    """Whether a list is not all JSON."""
+    try:
+        for _ in iter_json_list(path):
+            pass
+    except InputError as error:
+        return error.problem.startswith("malformed JSON")
+    return False
 
 
 def _salvaged(text: str, path: Path, on_broken: Callable[[InputError], None]) -> Iterator[Any]:

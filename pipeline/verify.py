@@ -72,24 +72,29 @@ def verify(
     pictures, findings = Pictures(), Findings()
     cache = cache_dir().resolve()
     with temporary_folder(cache) as folder:
-        scans = [
-            Scan(
-                number,
-                settle(one.task, one.base_dir, cache),
-                one.sources,
-                base_dir=one.base_dir,
-                folder=folder / str(number),
-                pictures=pictures,
-                findings=findings,
-            )
-            for number, one in enumerate(wanted)
-        ]
-        verified = Verified(scans, pictures, findings, recipes)
-        for scan in scans:
+        verified = Verified([], pictures, findings, recipes)
+        limited = []
+        for one in wanted:
+            try:
+                task, number = settle(one.task, one.base_dir, cache), len(verified.scans)
+                scan = Scan(
+                    number,
+                    task,
+                    one.sources,
+                    base_dir=one.base_dir,
+                    folder=folder / str(number),
+                    pictures=pictures,
+                    findings=findings,
+                )
+            except InputError as error:  # a Hub dataset that is not there, an archive that is none
+                findings.add("file", error, task=one.task.name, part="train")
+                continue
+            verified.scans.append(scan)
+            limited.append(one)
             scan.read(show)
         pictures.look(show)
         counters = _Counters(pictures, verified.notes)
-        for scan, one in zip(scans, wanted, strict=True):
+        for scan, one in zip(verified.scans, limited, strict=True):
             if scan.lacks_test:
                 scan.split_off()
             counter, context = counters.of(one.model)
@@ -99,7 +104,7 @@ def verify(
             find_twins(scan, pictures)
             verified.notes += [f"{scan.name}: {note}" for note in scan.builder.notes]
         show("looking for leaks")
-        verified.overlaps = find_leaks(scans, pictures)
+        verified.overlaps = find_leaks(verified.scans, pictures)
         yield verified
 
 

@@ -63,10 +63,9 @@ class Scan:
         self.spool = folder / "samples.jsonl"
         self.builder = Builder(task, PrepareConfig(on_bad="drop"), base_dir, folder)
         self.whole = sources is None
-        if sources is None:
-            own: dict[Part, str] = {} if task.train is None else {"train": task.train}
-            sources = own | self.builder.other_sources()
-        self.sources = sources
+        self.sources = dict(sources) if sources is not None else self.builder.other_sources()
+        if sources is None and task.train is not None:
+            self.sources = {"train": task.train, **self.sources}
         self.style: Style = task.style or "short"
         self.scorer = task.scorer or ""
         self.samples: Counter[Part] = Counter()  # that could be read, sound or not
@@ -88,7 +87,8 @@ class Scan:
     @property
     def lacks_test(self) -> bool:
         """Whether the preparation will split the test set off; known when all is read."""
-        return self.whole and not self.samples["test"] and self.sources.get("test") in (None, self.task.train)
+        given = self.sources.get("test") not in (None, self.task.train)
+        return self.whole and not given and bool(self.samples["train"]) and not self.samples["test"]
 
     def read(self, show: Callable[[str], None]) -> None:
         """Read every source to its end, or to where it breaks; what cannot be read is among the findings."""
