@@ -127,21 +127,6 @@ def save_adapter(folder: Path, adapter: Adapter, base: str, revision: str | None
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def save_merged(folder: Path, model: PeftModel, base: Path) -> None:
-    """Merge the adapters of `model` into its weights and write them as the files in the folder `base` are written.
-
-    transformers keeps the tensor names that a model was loaded under, but writes a mixture's experts transposed, which
-    vLLM refuses. So what LoRA cannot have changed, all that is no matrix, is copied from the base.
-    """
-    model.merge_and_unload().save_pretrained(folder)
-    originals = {name: tensor for file in base.glob("*.safetensors") for name, tensor in _tensors(file)}
-    for file in folder.glob("*.safetensors"):
-        tensors = {
-            name: tensor if tensor.ndim == 2 else originals[name].to(tensor.dtype) for name, tensor in _tensors(file)
-        }
-        save_file(tensors, file, metadata={"format": "pt"})
-
-
 def load_adapter(folder: Path) -> Adapter:
     """Read a LoRA adapter folder. Raises `InputError` where it holds more than plain LoRA factors of linear layers."""
     config = read_json(folder / CONFIG)

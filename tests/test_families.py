@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import DENSE, FAMILIES
+from families import DENSE, FAMILIES, save_merged
 from peft import PeftModel
 from safetensors.torch import load_file
 from training import COLOURS, make_run, make_samples, random_adapter
@@ -25,7 +25,7 @@ from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import VllmEngine
 from mcit.eval.liveness import Liveness, engine_scores, prove, transformers_scores
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.adapters import load_adapter, save_adapter, save_merged
+from mcit.pipeline.adapters import load_adapter, save_adapter
 from mcit.pipeline.collator import Collator
 from mcit.pipeline.recipe import load_recipe
 from mcit.pipeline.stage import run_stage
