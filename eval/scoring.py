@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -9,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
-from mcit.data_prep.prepare import read_samples, read_task
+from mcit.data_prep.prepare import iter_samples, read_task
 from mcit.data_prep.readers import iter_jsonl
 from mcit.data_prep.schema import PreparedTask, Reasoning, Sample, Style
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
@@ -104,7 +105,7 @@ def check_gold(folder: Path) -> list[str]:
     Raises `InputError` where more than half are not, since no policy could do better. Built-in kinds call a reference
     to the letter right: this is about scorers of the user's own, and answers that are not among the references.
     """
-    task, rows = read_task(folder), read_samples(folder, "test")[:_GOLD]
+    task, rows = read_task(folder), list(islice(iter_samples(folder, "test"), _GOLD))
     scorer, wrong = get_scorer(task["scorer"]), []
     for sample in rows:
         # The answer alone: a test set of a reasoning task need not come with rationales.

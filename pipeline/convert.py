@@ -12,7 +12,8 @@ from mcit.data_prep.asd.report import make_report
 from mcit.data_prep.asd.rules import Rules
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json, write_jsonl
-from mcit.data_prep.prepare import prepare_task, read_samples, read_task
+from mcit.data_prep.prepare import iter_samples, prepare_task, read_task
+from mcit.data_prep.sample_file import SampleFile
 from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, TaskConfig
 from mcit.data_prep.styles import default_scorer
 from mcit.eval.hashing import cache_dir
@@ -47,13 +48,12 @@ def convert_file(
     )
     if read_task(folder)["image_root"] == "." and (folder / "images").is_dir():
         shutil.copytree(folder / "images", target.parent / "images", dirs_exist_ok=True)
-    samples = read_samples(folder, "train")
     if asd.fraction:
         report = read_json(folder / "asd_report.json")
     else:
-        report = make_report(convert(samples, 0, seed, Rules), asd, seed)
-    report["validation"] = validate(sample for sample in samples if "asd" in sample.get("meta", {}))
-    write_jsonl(target, samples)
+        report = make_report(convert(SampleFile(folder / "train.jsonl"), 0, seed, Rules()), asd, seed)
+    report["validation"] = validate(sample for sample in iter_samples(folder, "train") if "asd" in sample["meta"])
+    write_jsonl(target, iter_samples(folder, "train"))
     write_json(target.with_name(f"{target.name}.report.json"), report)
     return report
 

@@ -102,7 +102,7 @@ def verify(
             limits: dict[Part, int | None] = {"train": train, "validation": held_out, "test": held_out}
             check(scan, Checks(counter, limits, _why_wrong), show)
             find_twins(scan, pictures)
-            verified.notes += [f"{scan.name}: {note}" for note in scan.builder.notes]
+            verified.notes += [f"{scan.name}: {note}" for note in scan.reader.notes]
         show("looking for leaks")
         verified.overlaps = find_leaks(verified.scans, pictures)
         yield verified
@@ -202,7 +202,7 @@ class _Counters:
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        counter = TokenCounter(load_processor(row0), self.facts, lambda name: self.pictures.paths[int(name)])
+        counter = TokenCounter(load_processor(row0), self.facts, lambda name: Path(self.pictures.paths[int(name)]))
         return counter, int(config.get_text_config().max_position_embeddings)
 
 

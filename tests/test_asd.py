@@ -22,8 +22,8 @@ COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 def convert(
     samples: list[Sample], fraction: float, seed: int, known_formats: list[str] | None = None
 ) -> tuple[list[Sample], dict[str, Any]]:
-    done = conversion.convert(samples, fraction, seed, Rules, known_formats=known_formats or [])
-    return done.after, make_report(done, AsdConfig(fraction=fraction), seed)
+    done = conversion.convert(samples, fraction, seed, Rules(), known_formats=known_formats or [])
+    return list(done.after()), make_report(done, AsdConfig(fraction=fraction), seed)
 
 
 def sample(number: int, question: str, answer: str, style: Style, **fields: Any) -> Sample:

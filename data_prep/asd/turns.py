@@ -53,13 +53,17 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One turn of a sample, wanted in a style. `rng` is the job's own: what is drawn depends on nothing else."""
+    """One turn of a sample, wanted in a style. What is drawn for it depends on nothing but its `seed`."""
 
     turns: Sequence[Turn]
     position: int
     style: Style
     images: Sequence[str]
-    rng: random.Random
+    seed: str
+
+    def rng(self) -> random.Random:
+        """The job's own generator, at its start."""
+        return random.Random(self.seed)
 
     @property
     def turn(self) -> Turn:
