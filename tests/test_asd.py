@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from mcit.data_prep.answers import extract, normalise
+from mcit.data_prep.answers import normalise
 from mcit.data_prep.asd import conversion
 from mcit.data_prep.asd.distractors import Pool, answer_kind, iou, same_answer
 from mcit.data_prep.asd.report import make_report
 from mcit.data_prep.asd.rules import Rules
+from mcit.data_prep.extraction import extract
 from mcit.data_prep.schema import AsdConfig, Sample, Style
 from mcit.data_prep.styles import FORMAT, THINK, build_prompt, fits, parse, split_prompt, split_reasoning
 

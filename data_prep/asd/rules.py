@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..answers import extract, normalise
+from ..answers import normalise
+from ..extraction import extract
 from ..schema import Style
 from ..styles import state_answer
 from .distractors import Kind, Pool

@@ -5,7 +5,8 @@ import random
 import string
 from collections.abc import Sequence
 
-from ..answers import extract, normalise
+from ..answers import normalise
+from ..extraction import extract
 from ..schema import Reasoning, Sample, Style
 from ..styles import THINK, build_prompt, fits, split_prompt, split_reasoning, state_proposition
 from .distractors import Kind, answer_kind
