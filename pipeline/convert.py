@@ -14,7 +14,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json, write_jsonl
 from mcit.data_prep.prepare import iter_samples, prepare_task, read_task
 from mcit.data_prep.sample_file import SampleFile
-from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, TaskConfig
+from mcit.data_prep.schema import AsdConfig, LimitConfig, PrepareConfig, Sample, TaskConfig
 from mcit.data_prep.styles import default_scorer
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scorers import get_scorer
@@ -43,8 +43,9 @@ def convert_file(
     task = TaskConfig(  # as its own test set: nothing is split off
         name="asd", train=str(source), test=str(source), images=str(images.resolve()) if images else None
     )
+    whole = PrepareConfig(limit=LimitConfig(test=1))  # which nobody looks at
     folder = prepare_task(
-        task, PrepareConfig(), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
+        task, whole, seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
     )
     if read_task(folder)["image_root"] == "." and (folder / "images").is_dir():
         shutil.copytree(folder / "images", target.parent / "images", dirs_exist_ok=True)
