@@ -43,9 +43,9 @@ def convert_file(
     task = TaskConfig(  # as its own test set: nothing is split off
         name="asd", train=str(source), test=str(source), images=str(images.resolve()) if images else None
     )
-    whole = PrepareConfig(limit=LimitConfig(test=1))  # which nobody looks at
+    one = LimitConfig(test=1)  # which nobody looks at
     folder = prepare_task(
-        task, whole, seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
+        task, PrepareConfig(limit=one), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
     )
     if read_task(folder)["image_root"] == "." and (folder / "images").is_dir():
         shutil.copytree(folder / "images", target.parent / "images", dirs_exist_ok=True)

@@ -1,6 +1,5 @@
 """Memory: of samples that are prepared, converted or verified, decisions are held, never the samples."""
 
-import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +9,21 @@ import pytest
 
 from mcit.data_prep.asd.conversion import convert
 from mcit.data_prep.asd.rules import Rules
+from mcit.data_prep.files import write_jsonl
 from mcit.data_prep.prepare import drop_samples, iter_samples, prepare_task, read_task
 from mcit.data_prep.sample_file import SampleFile
 from mcit.data_prep.schema import LimitConfig, PrepareConfig, TaskConfig
 from mcit.pipeline.verify import verify
 
 LONG = "word " * 1000  # a sample that is held costs 5,000 bytes at least
-FEW, MANY = 300, 900
+FEW, MANY = 200, 600
+LITTLE = 500  # bytes
 
 
 def rows(path: Path, count: int) -> Path:
-    lines = ({"id": f"s{n}", "prompt": f"{LONG}{n}?", "completion": str(n % 30)} for n in range(count))
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {"style": "number"}  # to infer it, two thousand samples are held
+    numbers = range(count)
+    write_jsonl(path, ({"id": f"s{n}", "prompt": f"{LONG}{n}?", "completion": str(n % 30), **given} for n in numbers))
     return path
 
 
@@ -37,15 +39,15 @@ def growth(work: Callable[[int], Any]) -> float:
 
 
 def prepare(root: Path, count: int, **limit: int) -> Path:
-    task = TaskConfig(name="t", train=str(rows(root / f"{count}.jsonl", count)), style="number")
+    task = TaskConfig(name="t", train=str(rows(root / f"{count}.jsonl", count)))
     settings = PrepareConfig(limit=LimitConfig(**limit))
     cache = root / f"cache-{count}-{len(list(root.iterdir()))}"
     return prepare_task(task, settings, seed=0, asd=None, base_dir=root, cache=cache)
 
 
 def test_preparing_holds_no_samples(tmp_path: Path) -> None:
-    assert growth(lambda count: prepare(tmp_path, count)) < 1000
-    assert growth(lambda count: prepare(tmp_path, count, train=count // 2)) < 1000
+    assert growth(lambda count: prepare(tmp_path, count)) < LITTLE
+    assert growth(lambda count: prepare(tmp_path, count, train=count // 2)) < LITTLE
 
 
 def test_dropping_holds_no_samples(tmp_path: Path) -> None:
@@ -56,7 +58,7 @@ def test_dropping_holds_no_samples(tmp_path: Path) -> None:
         left = drop_samples(folders[count], {"train": {first}}, "a test", tmp_path / "cache")
         assert read_task(left)["counts"]["train"] == read_task(folders[count])["counts"]["train"] - 1
 
-    assert growth(drop) < 1000
+    assert growth(drop) < LITTLE
 
 
 def test_converting_holds_what_is_converted_alone(tmp_path: Path) -> None:
@@ -67,7 +69,7 @@ def test_converting_holds_what_is_converted_alone(tmp_path: Path) -> None:
         assert len(done.converted) == round(0.01 * len(done.before))
         assert sum(1 for _ in done.after()) == len(done.before)
 
-    assert growth(one_in_a_hundred) < 1000
+    assert growth(one_in_a_hundred) < LITTLE
 
 
 def test_verifying_holds_no_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,4 +79,4 @@ def test_verifying_holds_no_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with verify([str(rows(tmp_path / f"{count}.jsonl", count))]) as found:
             assert found.findings.problems == [] and found.scans[0].samples["train"] == count
 
-    assert growth(look) < 1000
+    assert growth(look) < LITTLE
