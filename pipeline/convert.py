@@ -18,7 +18,7 @@ from mcit.data_prep.schema import AsdConfig, LimitConfig, PrepareConfig, Sample,
 from mcit.data_prep.styles import default_scorer
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scorers import get_scorer
-from mcit.eval.scoring import score_response
+from mcit.eval.scoring import score_gold
 
 
 def asd_settings(**options: Any) -> AsdConfig:
@@ -67,6 +67,6 @@ def validate(converted: Iterable[Sample]) -> dict[str, Any]:
     verdicts = {}
     for sample in converted:
         scorer = get_scorer(default_scorer(sample["style"], len(sample["references"])))
-        score = score_response(sample, sample["completion"][-1]["content"], scorer)
+        score = score_gold(sample, scorer)
         verdicts[sample["id"]] = score["verdict"] if score["score"] == 100 else f"{score['verdict']}, {score['score']}"
     return {"checked": len(verdicts), "failed": {key: found for key, found in verdicts.items() if found != "correct"}}

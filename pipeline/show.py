@@ -13,7 +13,7 @@ from mcit.data_prep.prepare import image_path, prepare_task, read_samples, read_
 from mcit.data_prep.schema import AsdConfig, PreparedTask, Sample
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scorers import get_scorer
-from mcit.eval.scoring import Score, score_response
+from mcit.eval.scoring import Score, score_gold
 
 from .recipe import Recipe
 from .schedule import trained_in
@@ -65,7 +65,7 @@ def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
             before = native.get(sample["id"]) if sample in converted else None
             reward = stage.train.paradigm == "rft" and task["reward"] != "same"
             scorer = get_scorer(task["reward"] if reward else task["scorer"])
-            gold = score_response(sample, sample["completion"][-1]["content"], scorer)
+            gold = score_gold(sample, scorer)
             spans, images = _as_the_model_gets_it(placed, collator, processor)
             shown.append(Shown(placed, spans, images, before, gold, name in stage.visitors))
     return shown
