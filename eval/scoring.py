@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
@@ -9,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
-from mcit.data_prep.prepare import read_samples, read_task
+from mcit.data_prep.forms import final_answer
+from mcit.data_prep.prepare import iter_samples, read_task
 from mcit.data_prep.readers import iter_jsonl
 from mcit.data_prep.schema import PreparedTask, Reasoning, Sample, Style
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
@@ -98,19 +100,22 @@ def scorers_of(task: PreparedTask) -> list[str]:
     return [task["scorer"], task["reward"], *sorted(scorer_identity(name) for name in names if ":" in name)]
 
 
+def score_gold(sample: Sample, scorer: Scorer) -> Score:
+    """What a sample's own answer is worth, without its thinking: data of a reasoning task need not have rationales."""
+    return score_response({**sample, "reasoning": "none"}, final_answer(sample["completion"]), scorer)
+
+
 def check_gold(folder: Path) -> list[str]:
     """Whether a prepared task's own answers would be scored as right: notes on the first few hundred of its test part.
 
     Raises `InputError` where more than half are not, since no policy could do better. Built-in kinds call a reference
     to the letter right: this is about scorers of the user's own, and answers that are not among the references.
     """
-    task, rows = read_task(folder), read_samples(folder, "test")[:_GOLD]
+    task, rows = read_task(folder), list(islice(iter_samples(folder, "test"), _GOLD))
     scorer, wrong = get_scorer(task["scorer"]), []
     for sample in rows:
-        # The answer alone: a test set of a reasoning task need not come with rationales.
-        answer = split_reasoning(sample["completion"][-1]["content"], "think")[1]
-        bare: Sample = {**sample, "reasoning": "none"}
-        if (score := score_response(bare, answer, scorer))["verdict"] != "correct":
+        if (score := score_gold(sample, scorer))["verdict"] != "correct":
+            answer = final_answer(sample["completion"])
             wrong.append(f"sample {sample['id']}, {answer[:60]!r}: {score['verdict']}")
     problem = f"{len(wrong)} of {len(rows)} gold answers of the test part are not right for the scorer {task['scorer']}"
     if len(wrong) > len(rows) / 2:

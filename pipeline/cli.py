@@ -476,8 +476,8 @@ def _start(
 
 def _configuration(recipe: str, overrides: list[str] | None, with_method: list[str] | None) -> str:
     """The resolved recipe, and as a second YAML document what each stage resolves to."""
-    from .layers import to_yaml
     from .recipe import dump_recipe, load_recipe
+    from .recipe_yaml import to_yaml
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
     stages = [

@@ -13,6 +13,7 @@ from mcit.data_prep.readers import is_function, source_files
 from mcit.eval.hashing import hub_commit
 from mcit.eval.results import read_results
 
+from .arguments import split_batch
 from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
@@ -97,8 +98,6 @@ def _check_batches(recipe: Recipe, launch: Launch) -> None:
         args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
         per_device = args.get("per_device_train_batch_size")
         if per_device or launch.processes > 1:
-            from .arguments import split_batch  # here: needs torch
-
             split_batch(stage.train.global_batch_size, launch.processes, per_device)
 
 

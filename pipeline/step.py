@@ -10,7 +10,8 @@ from typing import Any
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, read_text
 
-from .layers import RECIPES, nearest, parse_yaml
+from .layers import RECIPES, nearest
+from .recipe_yaml import parse_yaml
 
 Facts = dict[str, Any]
 Show = Callable[[str], None]
