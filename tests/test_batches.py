@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stage import launch, uneven
-from training import MeanLength, make_run
+from training import MeanLength, launch, make_run, uneven
 from trl.trainer.utils import RepeatSampler
 
 import mcit.pipeline.rft as rft
