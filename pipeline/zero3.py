@@ -16,6 +16,10 @@ def keep_whole(trainer: "Trainer", parameters: Sequence[nn.Parameter]) -> None:
     """
     config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
     config["stage3_param_persistence_threshold"] = max(parameter.numel() for parameter in parameters)
+    # TRL asks for reentrant checkpointing, as DeepSpeed before 0.19.8 needed beside frozen weights. Under it a gradient
+    # arrives twice where a method's term uses a factor too, which DeepSpeed does not take.
+    kwargs = trainer.args.gradient_checkpointing_kwargs or {}
+    trainer.args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
 
 
 def gather(parameters: Iterable[nn.Parameter]) -> None:

@@ -34,7 +34,7 @@ RECIPE = """
 train:
   lora: {r: 4, alpha: 8, dropout: 0}
   global_batch_size: 16
-  sft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, num_train_epochs: 4,
+  sft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, num_train_epochs: 2,
                gradient_checkpointing: false}}
   rft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, max_steps: 3, beta: 0.1,
                num_generations: 4, max_completion_length: 6, temperature: 0.5, gradient_checkpointing: false}}
@@ -217,26 +217,54 @@ def test_how_a_step_is_computed_changes_nothing(train: Train, name: str, lineage
     ),
 )
 def test_two_processes_are_one(train: Train, prepared: tuple[Path, Path], tmp_path: Path, name: str, mode: str) -> None:
-    """2 processes × 4 samples × 2 micro-batches against 1 × 16 × 1."""
+    """2 processes × 4 samples × 2 micro-batches, under checkpointing, against 1 × 16 × 1."""
     lineage = METHODS[name].lineages[0]
     first, alone = train(section(name), lineage, "sft")
-    link(first.folder.parents[1], tmp_path, "00-base", "01-colour")
-    overrides = [*keys(json.dumps(section(name)), lineage, "sft"), "train.sft.args.per_device_train_batch_size=4"]
-    launch(tmp_path, prepared[1], mode, 2, *overrides)
-    together = tmp_path / "stages" / STAGES[1]
-    summary = read_json(together / "trained.json")
-    assert (summary["processes"], summary["mode"]) == (2, mode)  # the trainer itself asserts a DeepSpeedEngine
-    assert summary["trained_parameters"] == read_json(alone.folder / "trained.json")["trained_parameters"]
-    for part in ("adapter", "delta"):
-        files = [folder / part / "adapter_model.safetensors" for folder in (alone.folder, together)]
-        assert largest_gap(*map(load_file, files)) < 1e-5
-    assert_same_losses(alone.folder, together, "loss")
+    more = (f"train.sft.args.{setting}" for setting in ("per_device_train_batch_size=4", "gradient_checkpointing=true"))
+    together = in_two_processes(first, prepared[1], tmp_path, name, "sft", mode, *more)
+    assert_same(alone.folder, together)
     for method, state in alone.states.items():
         if state:
             loaded = load_file(together / "method" / f"{method}.safetensors")
             assert loaded.keys() == state.keys()
             equal = [(loaded[key] == tensor).float().mean().item() for key, tensor in state.items()]
             assert min(equal) > 0.99  # what a threshold decides may swap
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "rft" in method.paradigms])
+def test_rollouts_train_alike_in_every_mode(
+    train: Train, prepared: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """What two processes draw is not what one draws, but the same in every mode."""
+    first, _ = train(section(name), METHODS[name].lineages[0], "rft")
+    modes = [mode for mode in METHODS[name].distributed if mode != "single"]
+    folders = [in_two_processes(first, prepared[1], tmp_path / mode, name, "rft", mode) for mode in modes]
+    for folder in folders[1:]:
+        assert_same(folders[0], folder)
+
+
+def in_two_processes(
+    first: Trained, recipe: Path, run: Path, name: str, paradigm: str, mode: str, *overrides: str
+) -> Path:
+    """Stage 2 after `first`; its folder."""
+    run.mkdir(exist_ok=True)
+    link(first.folder.parents[1], run, "00-base", "01-colour")
+    resolved = keys(json.dumps(section(name)), METHODS[name].lineages[0], paradigm)
+    launch(run, recipe, mode, 2, *resolved, *overrides, script=paradigm)
+    summary = read_json(run / "stages" / STAGES[1] / "trained.json")
+    assert (summary["processes"], summary["mode"]) == (2, mode)  # the trainer itself asserts a DeepSpeedEngine
+    return run / "stages" / STAGES[1]
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Up to the order of summation: weights, losses, and the number of trained parameters."""
+    for part in ("adapter", "delta"):
+        files = [folder / part / "adapter_model.safetensors" for folder in (one, two)]
+        assert largest_gap(*map(load_file, files)) < 1e-5
+    assert_same_losses(one, two, "loss")
+    summaries = [read_json(folder / "trained.json") for folder in (one, two)]
+    assert summaries[0]["trained_parameters"] == summaries[1]["trained_parameters"]
 
 
 def assert_same_losses(one: Path, two: Path, *keys: str) -> None:
