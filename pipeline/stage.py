@@ -33,6 +33,7 @@ from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .schedule import trained_in
 from .trainer import FiniteLoss, ReallyDistributed
+from .zero3 import keep_whole
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -57,7 +58,7 @@ class Entered:
 
 
 MakeTrainer = Callable[[Entered], "Trainer"]
-DISTRIBUTED = ("single", "ddp", "zero2")  # what stages run under
+DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
 # Parameters below which threads wait for each other longer than they work: 63 steps of the embedded model take 12 s
 # with one thread and, on two cores, 14 to 27 with two.
 _TINY = 10_000_000
@@ -159,6 +160,8 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     for method in methods:
         if mode not in method.distributed:
             raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
+    if mode == "zero3":
+        keep_whole(trainer, [parameter for parameter in peft.parameters() if parameter.requires_grad])
     trainer.add_callback(ReallyDistributed(trainer))
     trainer.add_callback(untrained := Untrained(peft))
 

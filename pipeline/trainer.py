@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from .arguments import deepspeed, processes
 from .methods import Method, StepView
+from .zero3 import gather
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -33,6 +34,7 @@ class MethodLoss:
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training:  # type: ignore[attr-defined]
             return loss
+        gather(self.idle)
         for parameter in self.idle:
             loss = loss + 0 * parameter.sum()
         micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
@@ -43,6 +45,8 @@ class MethodLoss:
             micro_batches=micro_batches,
             share=self.share(inputs),
             last=self.accelerator.sync_gradients,  # type: ignore[attr-defined]
+            process=self.accelerator.process_index,  # type: ignore[attr-defined]
+            processes=self.accelerator.num_processes,  # type: ignore[attr-defined]
         )
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
         accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
@@ -63,10 +67,11 @@ class MethodLoss:
         return self.__dict__.setdefault("_method_terms", defaultdict(list))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log each term, per optimizer step, beside the trainer's own figures."""
+        """Log each term, per optimizer step and averaged over processes, beside the trainer's own figures."""
         steps = self.state.global_step - self.__dict__.get("_logged_step", 0)  # type: ignore[attr-defined]
         for name, terms in self._terms.items():
-            logs[f"{name}_loss"] = torch.stack(terms).sum().item() / max(steps, 1)
+            term = self.accelerator.reduce(torch.stack(terms).sum(), "mean")  # type: ignore[attr-defined]
+            logs[f"{name}_loss"] = term.item() / max(steps, 1)
         self._terms.clear()
         self.__dict__["_logged_step"] = self.state.global_step  # type: ignore[attr-defined]
         super().log(logs, start_time)  # type: ignore[misc]

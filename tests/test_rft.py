@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_stage import launch
-from training import COLOURS, make_run, make_samples, tiny_model, tiny_processor
+from training import COLOURS, launch, make_run, make_samples, tiny_model, tiny_processor
 
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
