@@ -144,7 +144,9 @@ def test_cider_equals_that_of_the_coco_evaluation():
 
     answers, references = make_corpus(7, size=40)
     _, published = Cider().compute_score(dict(enumerate(references)), {i: [a] for i, a in enumerate(answers)})
-    ours = [score("cider", *row, corpus=references) for row in ([a, *r] for a, r in zip(answers, references, strict=True))]
+    ours = [
+        score("cider", *row, corpus=references) for row in ([a, *r] for a, r in zip(answers, references, strict=True))
+    ]
     assert ours == pytest.approx([min(100, 10 * value) for value in published], abs=1e-9)
 
 
@@ -179,6 +181,7 @@ def test_bleu_and_rouge_of_mcitlib_equal_those_of_the_coco_evaluation():
     from pycocoevalcap.rouge.rouge import Rouge
 
     answers, references = make_corpus(11, size=40)
+    answers = [f"{captions[0]} {answer}" for answer, captions in zip(answers, references, strict=True)]
     gold, given = dict(enumerate(references)), {i: [answer] for i, answer in enumerate(answers)}
     assert _bleu(answers, references) == pytest.approx(Bleu(4).compute_score(gold, given, verbose=0)[0], abs=1e-6)
     _, published = Rouge().compute_score(gold, given)

@@ -83,7 +83,7 @@ def test_score_file_is_strict_where_a_form_was_asked_for(tmp_path):
         prediction("4", "3", "3", style="number", finished=False, image_id="b"),
     )
     out = tmp_path / "scored" / "out.jsonl"
-    result = score_file("number", path, out)
+    result = score_file("number", path, per_sample=out)
     assert (result["score"], result["n"], result["stderr"]) == (50, 4, 0)
     assert result["verdicts"] == {"correct": 0.5, "wrong_content": 0, "wrong_format": 0.5, "wrong_both": 0}
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -132,7 +132,7 @@ def test_a_bad_line_is_named(tmp_path, bad, message):
     path = write(tmp_path, GOOD, "", bad)
     out = tmp_path / "out.jsonl"
     with pytest.raises(InputError, match=message) as error:
-        score_file("short", path, out)
+        score_file("short", path, per_sample=out)
     assert "\n" not in str(error.value)
     assert not out.exists()
 
@@ -169,7 +169,10 @@ def test_a_run_and_a_file_give_the_same_score(tmp_path, kind, style, reference, 
 
 
 def test_a_protocol_stands_beside_the_kind(tmp_path):
-    path, out = write(tmp_path, *(prediction(i, text, "tabby cat") for i, text in enumerate(("", "Tabby cat", "cat")))), tmp_path / "o"
+    path, out = (
+        write(tmp_path, *(prediction(i, text, "tabby cat") for i, text in enumerate(("", "Tabby cat", "cat")))),
+        tmp_path / "o",
+    )
     result = score_file("short", path, protocol="coin:imagenet", per_sample=out)
     assert result == {
         "kind": "short",
@@ -184,16 +187,24 @@ def test_a_protocol_stands_beside_the_kind(tmp_path):
 
 
 def test_a_protocol_scores_whatever_the_form(tmp_path):
-    lines = [prediction("1", "It is <b>no</b>, unknown.", "no", style="yes_no"), prediction("2", "yes", "no", style="yes_no")]
+    lines = [
+        prediction("1", "It is <b>no</b>, unknown.", "no", style="yes_no"),
+        prediction("2", "yes", "no", style="yes_no"),
+    ]
     result = score_file("yes_no", write(tmp_path, *lines), protocol="mcitlib:med")
     assert (result["score"], result["kind_score"]) == (50, 0)
     assert result["verdicts"] == {"correct": 0, "wrong_content": 0.5, "wrong_format": 0.5, "wrong_both": 0}
 
 
 def test_a_score_that_is_no_mean_is_that_of_the_whole_file(tmp_path):
-    lines = [prediction("1", "the cat sat on the mat", "the cat sat on the mat"), prediction("2", "a dog", "a dog runs")]
+    lines = [
+        prediction("1", "the cat sat on the mat", "the cat sat on the mat"),
+        prediction("2", "a dog", "a dog runs"),
+    ]
     result = score_file("bleu", write(tmp_path, *lines))
-    assert result["score"] == pytest.approx(SCORERS["bleu"].pooled([line["response"] for line in lines], [line["references"] for line in lines]))
+    assert result["score"] == pytest.approx(
+        SCORERS["bleu"].pooled([line["response"] for line in lines], [line["references"] for line in lines])
+    )
     assert result["stderr"] is None
 
 
@@ -204,7 +215,13 @@ def test_a_score_that_is_no_mean_is_that_of_the_whole_file(tmp_path):
 def test_part(tmp_path):
     rows = [
         {"id": "a", "references": ["B"], "style": "mcq", "reasoning": "none", "meta": {"options": OPTIONS}},
-        {"id": "7", "references": ["A"], "style": "mcq", "reasoning": "none", "meta": {"options": OPTIONS, "image_id": "x"}},
+        {
+            "id": "7",
+            "references": ["A"],
+            "style": "mcq",
+            "reasoning": "none",
+            "meta": {"options": OPTIONS, "image_id": "x"},
+        },
     ]
     path = tmp_path / "test.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -295,5 +312,10 @@ def test_the_command(tmp_path):
     path = write(tmp_path, prediction("1", "", "cat"))
     result = CliRunner().invoke(app, ["score", "short", str(path), "--protocol", "coin:imagenet"])
     assert json.loads(result.stdout) == {
-        "kind": "short", "score": 100, "n": 1, "stderr": None, "protocol": "coin:imagenet", "kind_score": 0
+        "kind": "short",
+        "score": 100,
+        "n": 1,
+        "stderr": None,
+        "protocol": "coin:imagenet",
+        "kind_score": 0,
     }

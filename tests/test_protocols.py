@@ -26,7 +26,9 @@ def sample(*references, style="short", **more):
 def test_the_authors_code_says_the_same(name):
     for probe in (probe for probe in PROBES if probe["protocol"] == name):
         asked = sample(*probe["references"], **probe.get("sample", {}))
-        assert PROTOCOLS[name].score(probe["response"], asked["references"], asked) == pytest.approx(probe["score"]), probe
+        assert PROTOCOLS[name].score(probe["response"], asked["references"], asked) == pytest.approx(probe["score"]), (
+            probe
+        )
 
 
 def test_every_protocol_was_held_against_its_authors_code():
@@ -43,7 +45,20 @@ def test_a_protocol_is_found_by_name_and_known_by_it(name):
 @pytest.mark.parametrize("name", PROTOCOLS)
 def test_any_response_gets_a_number(name):
     asked = sample("[0.1, 0.2, 0.3, 0.4]", *["yes"] * 9, images=["AI2D_1.png"], prompt="Which states are red?")
-    for response in ("", " ", "nan", "[", "1,2,3,4", "<answer>", "</think>", "\ud800", "²", "A. ", "a" * 200_000, "<think>" * 30_000):
+    for response in (
+        "",
+        " ",
+        "nan",
+        "[",
+        "1,2,3,4",
+        "<answer>",
+        "</think>",
+        "\ud800",
+        "²",
+        "A. ",
+        "a" * 200_000,
+        "<think>" * 30_000,
+    ):
         assert math.isfinite(get_scorer(name).score(response, asked["references"], asked))
 
 
@@ -103,5 +118,11 @@ def test_the_code_that_scores_is_known(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(cells, "hash_files", lambda paths, base: seen.extend(Path(path) for path in paths) or "hash")
     _scoring_code.__wrapped__()
-    scoring = {*root.glob("kinds/*.py"), *root.glob("protocols/*.py"), root / "scorers.py", root / "scoring.py", root / "text.py"}
+    scoring = {
+        *root.glob("kinds/*.py"),
+        *root.glob("protocols/*.py"),
+        root / "scorers.py",
+        root / "scoring.py",
+        root / "text.py",
+    }
     assert {path.resolve() for path in scoring} <= {path.resolve() for path in seen}

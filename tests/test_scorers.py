@@ -1,6 +1,5 @@
 """Each kind against hand-computed values; captions: test_captions.py; what peers got wrong: test_peer_defects.py."""
 
-import math
 import random
 import threading
 import time
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.schema import Sample
 from mcit.eval.kinds.formulas import latex_tokens
 from mcit.eval.kinds.numbers import to_number
 from mcit.eval.kinds.vqa import vqa_answer
@@ -53,7 +51,9 @@ def test_the_best_of_several_references_counts(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in SCORERS if kind not in ("bbox", "iou", "math", "number", "relaxed")])
 def test_no_answer_beats_the_best_supported_reference(kind):
-    references = ["a dog runs on the grass"] * 4 + ["a brown dog runs on grass"] * 3 + ["the dog is running", "a dog", "dog"]
+    references = (
+        ["a dog runs on the grass"] * 4 + ["a brown dog runs on grass"] * 3 + ["the dog is running", "a dog", "dog"]
+    )
     words = " ".join(references).split()
     rng = random.Random(4)
     others = [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(200)]

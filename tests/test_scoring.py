@@ -98,7 +98,7 @@ CASES = [
 def test_verdict(style, reference, response, verdict):
     result = judge(style, reference, response, options=OPTIONS if style == "mcq" else None)
     assert result["verdict"] == verdict
-    assert (result["score"] == 100) == (verdict == "correct")
+    assert (result["score"] > 99) == (verdict == "correct")  # METEOR never reaches 100
     assert result["score"] == 0 or result["format_ok"]
 
 

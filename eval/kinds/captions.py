@@ -57,7 +57,7 @@ def _corpus_bleu(answers: Sequence[str], references: References) -> float:
 
 
 def streams(references: References) -> list[list[str | None]]:
-    """References by sample as sacreBLEU wants them: the first of each sample, the second of each, …; None where none is."""
+    """References by sample as sacreBLEU wants them: the first of each sample, the second, …; None for none."""
     return [list(stream) for stream in zip_longest(*references)]
 
 
@@ -85,7 +85,7 @@ def _meteor(answer: str | None, references: list[str], sample: Sample) -> float:
 
 
 class _Counts(dict[tuple[str, ...], float]):
-    """How many samples have an n-gram in a reference: 0 for one that none has, without remembering that it was asked."""
+    """How many samples have an n-gram in a reference: 0 for one that none has, which is not remembered."""
 
     def __missing__(self, ngram: tuple[str, ...]) -> float:
         return 0.0

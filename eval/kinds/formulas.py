@@ -35,7 +35,7 @@ def _expressions(text: str, timeout: int | None) -> list[Any]:
 
 
 def _math(answer: str, reference: str, sample: Sample) -> float:
-    """Mathematical equality by math-verify ("1/2", "0.5", "\\frac12"); of words ("no solution"), that of `same_words`."""
+    """Mathematical equality by math-verify ("1/2", "0.5", "\\frac12"); of words ("no solution"), by `same_words`."""
     from math_verify import verify
 
     if _is_prose(reference) and same_words(answer, reference, sample):
@@ -48,9 +48,7 @@ def _math(answer: str, reference: str, sample: Sample) -> float:
 
 
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\S")
-_LAYOUT = frozenset(
-    r"$ \( \) \[ \] \, \; \: \! \left \right \big \Big \displaystyle \textstyle \quad \qquad ~".split()
-)
+_LAYOUT = frozenset(r"$ \( \) \[ \] \, \; \: \! \left \right \big \Big \displaystyle \textstyle \quad \qquad ~".split())
 _SAME = {r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\le": r"\leq", r"\ge": r"\geq", r"\ne": r"\neq"}
 
 

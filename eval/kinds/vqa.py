@@ -54,7 +54,7 @@ def agreement(answer: str, references: list[str]) -> float:
 
 
 def vqa_answer(text: str) -> str:
-    """`normalise`; where that leaves nothing ("the"), the text itself, so that an answer that is an article can match."""
+    """`normalise`; where that leaves nothing ("the"), the text itself, so that an article can match."""
     return normalise(text) or text.strip().lower()
 
 

@@ -1,4 +1,4 @@
-"""Published evaluation scripts by name, `family:task`, each computing what its authors' code computes, defects included.
+"""Published evaluation scripts by name, `family:task`: each computes what its authors' code does, defects included.
 
 For comparing with published figures, and for nothing else: two families are not comparable with each other, and none
 with a correct kind. A protocol reads the whole response as the model gave it (the authors' scripts strip white space

@@ -50,7 +50,7 @@ def _gqa(response: str, references: list[str], sample: Sample) -> float:
 
 
 def exact(response: str, references: list[str], sample: Sample) -> float:
-    """VizWiz, VQAv2: exact, whatever the case. Defect: against one answer, not ten people's, and without normalising."""
+    """VizWiz, VQAv2: exact, whatever the case. Defect: with one answer, not ten people's, and without normalising."""
     return response.upper() == references[0].upper()
 
 

@@ -1,4 +1,4 @@
-"""MCITlib (arXiv 2508.07307), as its code scores UCIT and MLLM-DCL: Ghy0501/MCITlib @2956dfd, `llava/eval/eval_*.py`."""
+"""MCITlib (arXiv 2508.07307), as its code scores UCIT and MLLM-DCL: Ghy0501/MCITlib @2956dfd, `llava/eval/`."""
 
 import math
 from collections.abc import Sequence
@@ -40,10 +40,10 @@ def _medicine(response: str, references: list[str], sample: Sample) -> float:
 
 
 def _science(response: str, references: list[str], sample: Sample) -> float:
-    """Sci (`eval_sci`): exact for AI2D, TQA, VQA and SciVerse, told by the name of the image file; else (maps) contained.
+    """Sci (`eval_sci`): exact for AI2D, TQA, VQA and SciVerse, told by the image file's name; else (maps) contained.
 
-    Of a question with "Which states", the share of the states that are named. Defect: states named besides cost nothing,
-    and a space after a comma makes another state.
+    Of a question with "Which states", the share of the states that are named. Defect: states named besides cost
+    nothing, and a space after a comma makes another state.
     """
     if _is_unanswerable(response):
         return 0.0

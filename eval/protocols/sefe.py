@@ -1,7 +1,7 @@
 """SEFE (arXiv 2505.02486), as its code scores: jinpeng0528/SEFE @2f61efe, `llava/eval/CoIN/eval_*.py`.
 
-CoIN's scripts, defects included, with another ScienceQA: figures of the two are not comparable there. The repository has
-no script for a judge.
+CoIN's scripts, defects included, with another ScienceQA: figures of the two are not comparable there. The repository
+has no script for a judge.
 """
 
 import re
