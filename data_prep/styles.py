@@ -81,7 +81,7 @@ _SCORER: dict[Style, str] = {
     "brief": "rouge_l",
     "detailed": "rouge_l",
     "number": "number",
-    "label": "short",
+    "label": "label",
     "latex": "latex",
     "caption": "caption",
     "bbox": "bbox",

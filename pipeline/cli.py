@@ -264,15 +264,25 @@ def score(
     predictions: Annotated[
         Path, typer.Argument(metavar="PREDICTIONS.jsonl", help="Per line: id, response, references.")
     ],
-    per_sample: Annotated[Path | None, typer.Option(help="Also write each line with its score here.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="FAMILY:TASK", help="Score as a published script does: coin:imagenet.")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="TEST.jsonl", help="A prepared test part: every sample must be answered.")
+    ] = None,
+    per_sample: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Also write each line with its score here.")
+    ] = None,
 ) -> None:
     """Score predictions that were made elsewhere; prints one JSON object with score, n and stderr.
 
-    Example: `mcit score mcq predictions.jsonl --per-sample scored.jsonl`
-    """
-    from mcit.eval.scoring import score_file
+    Kinds and protocols are listed in docs/evaluation.md. Beside a protocol's score stands that of the kind.
 
-    _print_json(score_file(kind, predictions, per_sample))
+    Example: `mcit score short predictions.jsonl --protocol coin:imagenet --per-sample scored.jsonl`
+    """
+    from mcit.eval.predictions import score_file
+
+    _print_json(score_file(kind, predictions, protocol=protocol, samples=samples, per_sample=per_sample))
 
 
 @app.command()
