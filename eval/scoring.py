@@ -15,7 +15,7 @@ from mcit.data_prep.schema import PreparedTask, Reasoning, Sample, Style
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
 
 from .scorers import Scorer, get_scorer, scorer_identity
-from .stats import clustered_stderr, mean
+from .stats import clustered_stderr, image_clusters, mean
 
 Verdict = Literal["correct", "wrong_content", "wrong_format", "wrong_both"]
 VERDICTS: dict[tuple[bool, bool], Verdict] = {  # (format_ok, content_ok)
@@ -136,14 +136,9 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> Cell:
     return {
         "n": len(rows),
         "score": mean(scores),
-        "stderr": clustered_stderr(scores, _clusters(rows)),
+        "stderr": clustered_stderr(scores, image_clusters(row.get("image_id") for row in rows)),
         "verdicts": {verdict: counts[verdict] / len(rows) for verdict in VERDICTS.values()},
     }
-
-
-def _clusters(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any]]:
-    images = [row.get("image_id") for row in rows]
-    return [("row", number) if image is None else ("image", image) for number, image in enumerate(images)]
 
 
 # --- Predictions made elsewhere -------------------------------------------------------------------------------------
@@ -198,7 +193,8 @@ def score_file(kind: str, path: Path | str, per_sample: Path | str | None = None
     if per_sample:
         write_jsonl(per_sample, rows)
     scores = [row["score"] for row in rows]
-    result = FileScore(kind=kind, score=mean(scores), n=len(rows), stderr=clustered_stderr(scores, _clusters(rows)))
+    stderr = clustered_stderr(scores, image_clusters(row["image_id"] for row in rows))
+    result = FileScore(kind=kind, score=mean(scores), n=len(rows), stderr=stderr)
     if all(row["style"] for row in rows):
         result["verdicts"] = aggregate(rows)["verdicts"]
     return result
