@@ -2,8 +2,8 @@
 
 Generating answers after every step would cost more than the step, so they are scored by *teacher forcing*: one forward
 pass over question and gold answer. Where the likeliest next token is the gold one all along the answer, end of turn
-included, greedy decoding gives exactly the gold answer, and nowhere else: up to its first deviation it has read the very
-tokens that the forward pass has.
+included, greedy decoding gives exactly the gold answer, and nowhere else: up to its first deviation it has read the
+very tokens that the forward pass has.
 """
 
 import contextlib

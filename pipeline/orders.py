@@ -24,7 +24,7 @@ class SweepConfig(Config):
     """`sweep:` of a recipe. Every order under every seed is a run of its own.
 
     A recipe file writes `order` as a list of recipes beside it (or packaged ones) whose `stream:` is an order of the
-    same tasks, which is how published orders are kept; once read it is a mapping from their names to those of the tasks.
+    same tasks, which is how published orders are kept; once read, it maps their names to the names of the tasks.
     """
 
     seed: list[int] = Field(default_factory=list)  # takes the place of the recipe's `seed`; empty: that one

@@ -1,6 +1,6 @@
 """Running a sweep: each of its runs in a folder of its own, then what they agree on."""
 
-from collections.abc import Sequence
+from collections.abc import Set
 from pathlib import Path
 from typing import TypedDict
 
@@ -48,28 +48,31 @@ def start_sweep(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Termina
 
 
 def run_sweep(sweep: Sweep, terminal: Terminal) -> None:
-    """Do what is left of every run, one after the other; after each the sweep's results are those of the runs so far.
+    """Do what is left of every run, one after the other; the sweep's results are those of the runs that are done.
 
     Raises `InputError` and `ChildFailed`; what was done stays done.
     """
+    done = {name for name, status in sweep_status(sweep)["runs"].items() if status["state"] == "done"}
     for number, member in enumerate(sweep.members, 1):
         terminal.say(f"{member.name}, {number} of {len(sweep.members)}", "bold")
         run = sweep.run(member)
         perform_steps(run, run.steps(), terminal)
-        _gather(sweep, sweep.members[:number])
+        done.add(member.name)
+        _gather(sweep, done)
+    write_json(sweep.dir / "status.json", sweep_status(sweep))
 
 
-def _gather(sweep: Sweep, done: Sequence[Member]) -> None:
-    """Write results, report and status of a sweep from those of its runs that are `done`, unless nothing is new."""
+def _gather(sweep: Sweep, done: Set[str]) -> None:
+    """Write results and report of a sweep from its runs that are `done`, unless nothing is new."""
     from mcit.eval.sweep_report import write_sweep_report  # here: needs matplotlib
 
-    found = [(member.name, member.order, read_results(sweep.dir / member.name)) for member in done]
+    runs = [member for member in sweep.members if member.name in done]
+    found = [(member.name, member.order, read_results(sweep.dir / member.name)) for member in runs]
     results, path = assemble_sweep(sweep.recipe.name, found), sweep.dir / "results.json"
     page = sweep.dir / "report" / "index.html"
     if not page.exists() or not path.exists() or read_json(path) != results:
         write_json(path, results)
         write_sweep_report([sweep.dir], page.parent)
-    write_json(sweep.dir / "status.json", sweep_status(sweep))
 
 
 def sweep_status(sweep: Sweep) -> SweepStatus:

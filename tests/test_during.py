@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_stage import copy_run, launch, second_adapter, train, uneven
+from test_stage import assert_same_curves, copy_run, launch, second_adapter, train, uneven
 from training import make_run, make_samples, tiny_model, tiny_processor, write_images
 from transformers import GenerationConfig
 
@@ -184,30 +184,13 @@ def test_a_stage_begins_and_ends_with_the_policies_that_are_served(asked, traine
     assert recipe.eval.during is None, "off unless a recipe asks for it"
 
 
-def assert_same_curves(one: Any, other: Any) -> None:
-    assert one["steps"] == other["steps"]
-    for task, scores in one["tasks"].items():
-        assert scores["exact"] == other["tasks"][task]["exact"]
-        assert scores["logprob"] == pytest.approx(other["tasks"][task]["logprob"], abs=1e-3)
-
-
-def test_two_processes_under_zero2_share_the_work(trained, tmp_path):
-    """One probe each of a task; without dropout, so that one process and two train alike."""
-    alone, together = (copy_run(trained, tmp_path / name) for name in ("alone", "together"))
-    plain = (DURING, "train.lora.dropout=0.0")
-    train(alone, trained[1], 2, *plain)
-    launch(together, trained[1], "zero2", 2, *plain)
-    assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == "zero2"
-    assert_same_curves(curves_of(alone), curves_of(together))
-
-
 @pytest.mark.slow
-def test_two_processes_under_ddp_share_the_work(trained, tmp_path):
+def test_two_processes_under_ddp_share_the_work_and_train_the_same_to_the_bit(trained, tmp_path):
+    """As test_stage has it for ZeRO-2. Without dropout, so that one process and two train alike."""
     alone, together, unasked = (copy_run(trained, tmp_path / name) for name in ("alone", "together", "unasked"))
-    plain = (DURING, "train.lora.dropout=0.0")
-    train(alone, trained[1], 2, *plain)
-    launch(together, trained[1], "ddp", 2, *plain)
+    train(alone, trained[1], 2, DURING, "train.lora.dropout=0.0")
+    launch(together, trained[1], "ddp", 2, DURING, "train.lora.dropout=0.0")
     launch(unasked, trained[1], "ddp", 2, "train.lora.dropout=0.0")
-    assert_same_curves(curves_of(alone), curves_of(together))
-    watched, plain_weights = second_adapter(together), second_adapter(unasked)
-    assert all(torch.equal(plain_weights[name], watched[name]) for name in watched)
+    assert_same_curves(alone, together)
+    watched, plain = second_adapter(together), second_adapter(unasked)
+    assert all(torch.equal(plain[name], watched[name]) for name in watched)

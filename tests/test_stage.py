@@ -167,8 +167,10 @@ def test_the_accumulation_split_changes_nothing(trained: tuple[Path, Path], tmp_
 def test_two_processes_under_zero2_are_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
     """Started as a user would, by path, through accelerate; 2 processes × 2 samples × 2 micro-batches."""
     alone, together = copy_run(trained, tmp_path / "alone"), copy_run(trained, tmp_path / "together")
-    train(alone, trained[1], 2)
-    launch(together, trained[1], "zero2", 2, "train.sft.args.per_device_train_batch_size=2")
+    during = "eval.during={dense: 2}"
+    train(alone, trained[1], 2, during)
+    launch(together, trained[1], "zero2", 2, "train.sft.args.per_device_train_batch_size=2", during)
+    assert_same_curves(alone, together)  # each process has asked half of the probes
     summary = read_json(together / "stages" / "02-words" / "trained.json")
     assert (summary["processes"], summary["mode"]) == (2, "zero2")  # the trainer itself asserts a DeepSpeedEngine
     assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
@@ -177,6 +179,14 @@ def test_two_processes_under_zero2_are_one(trained: tuple[Path, Path], tmp_path:
     states = [load_file(run / "stages" / "02-words" / "method" / "reglora.safetensors") for run in (alone, together)]
     same = [(states[0][name] == states[1][name]).float().mean().item() for name in states[0]]
     assert min(same) > 0.999  # keys at the threshold may swap
+
+
+def assert_same_curves(one: Path, other: Path) -> None:
+    curves, others = (read_json(run / "stages" / "02-words" / "during.json") for run in (one, other))
+    assert curves["steps"] == others["steps"] and len(curves["steps"]) > 3
+    for task, scores in curves["tasks"].items():
+        assert scores["exact"] == others["tasks"][task]["exact"]
+        assert scores["logprob"] == pytest.approx(others["tasks"][task]["logprob"], abs=1e-3)
 
 
 @pytest.mark.slow
