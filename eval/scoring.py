@@ -13,7 +13,7 @@ from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
 
 from .scorers import Scorer, get_scorer, scorer_identity
-from .stats import clustered_stderr, mean
+from .stats import clustered_stderr, image_clusters, mean
 
 Verdict = Literal["correct", "wrong_content", "wrong_format", "wrong_both"]
 VERDICTS: dict[tuple[bool, bool], Verdict] = {  # (format_ok, content_ok)
@@ -186,6 +186,4 @@ def set_score(rows: Sequence[Mapping[str, Any]], scorer: Scorer | None = None) -
         answers = [(row["parsed"] or "") if scorer.whole or row.get("format_ok", True) else "" for row in rows]
         return scorer.pooled(answers, [row["references"] for row in rows]), None
     scores = [row["score"] for row in rows]
-    images = [row.get("image_id") for row in rows]
-    clusters = [("row", number) if image is None else ("image", image) for number, image in enumerate(images)]
-    return mean(scores), clustered_stderr(scores, clusters)
+    return mean(scores), clustered_stderr(scores, image_clusters(row.get("image_id") for row in rows))

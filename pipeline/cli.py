@@ -73,16 +73,26 @@ def run(
 ) -> None:
     """Do everything: prepare, tune each stage, evaluate, report. Again: it continues, and redoes nothing unchanged.
 
+    A recipe with a `sweep` is run under each of its seeds and orders, `sweep={seed: [0, 1, 2]}`.
+
     Example: `mcit run mini/sequential --with sefe seed=1 --run-dir runs/sefe-1`
     """
-    from .run import perform_steps, show_results
+    from .run import perform_steps, show_results, start_run
     from .terminal import Terminal
 
     if print_config:
         print(_configuration(recipe, overrides, with_method), end="")
         return
     terminal = Terminal()
-    current = _start(recipe, overrides, with_method, run_dir, launch, gpus, terminal)
+    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus)
+    if loaded.sweep:
+        from .reports import report as show_report
+        from .sweep import run_sweep, start_sweep
+
+        run_sweep(start_sweep(loaded, directory, launcher, terminal), terminal)
+        show_report([directory], None, terminal)
+        return
+    current = start_run(loaded, directory, launcher, terminal)
     perform_steps(current, current.steps(), terminal)
     show_results(current, terminal)
 
@@ -146,43 +156,36 @@ def report(
         Path | None, typer.Option(help="Folder to write to. Default: RUN/report; of several, report/ beside the first.")
     ] = None,
 ) -> None:
-    """Write the report page of a run, or of several side by side.
+    """Write the report page of a run or a sweep, or of several side by side, each compared with the first.
 
     Example: `mcit report runs/mini-sequential runs/mini-sefe --out runs/comparison`
     """
-    from mcit.eval.report import old_task_verdicts, write_report
-    from mcit.eval.results import read_results
-
+    from .reports import report as show_report
     from .terminal import Terminal
 
-    terminal, results = Terminal(), [dict(read_results(path)) for path in runs]
-    page = write_report(runs, out or (runs[0].resolve().parent / "report" if len(runs) > 1 else None))
-    for result in results:
-        terminal.results(result, old_task_verdicts(result))
-    if len(results) > 1:
-        terminal.compare([str(path) for path in runs], results)
-    terminal.say(f"report: {page}")
+    show_report(runs, out, Terminal())
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: AsJson = False) -> None:
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")], as_json: AsJson = False
+) -> None:
     """Say what is done, running and left.
 
     Example: `mcit status runs/mini-sefe`
     """
+    from .recipe import load_recipe
     from .status import read_run, run_status
+    from .step import Launch
+    from .sweep import Sweep, sweep_status
     from .terminal import Terminal
 
-    found = run_status(read_run(run))
+    recipe = load_recipe(run, check_methods=False)
+    found = sweep_status(Sweep(recipe, run, Launch.named("single"))) if recipe.sweep else run_status(read_run(run))
     if as_json:
         _print_json(found)
-        return
-    terminal = Terminal()
-    for step in found["steps"]:
-        owner = step["owner"]
-        by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
-        seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
-        terminal.say(f"{step['state']:8}{step['title']}{seconds}{by}", "" if step["state"] == "done" else "bold")
+    else:
+        Terminal().status(found)
 
 
 @app.command()
@@ -245,17 +248,24 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def metrics(matrix: Annotated[Path, typer.Argument(metavar="MATRIX.json", help="Or a run's results.json.")]) -> None:
+def metrics(
+    matrix: Annotated[Path, typer.Argument(metavar="MATRIX.json", help="Or the folder of a run or of a sweep.")],
+) -> None:
     """Print all continual-learning metrics of a score matrix as one JSON object.
 
     The file holds `{"matrix": [[…]]}`: rows are stages, columns tasks, scores 0–100; `"row0": true` when the first row
-    is the base; optionally `learned`, the stage that first trained each task.
+    is the base; optionally `learned`, the stage that first trained each task. Of a sweep: means with intervals.
 
     Example: `mcit metrics matrix.json`
     """
     from mcit.eval.metrics import metrics_file
 
-    _print_json(metrics_file(matrix))
+    if matrix.is_dir():
+        from mcit.eval.sweep import is_sweep, read_sweep
+
+        _print_json(read_sweep(matrix)["metrics"] if is_sweep(matrix) else metrics_file(matrix / "results.json"))
+    else:
+        _print_json(metrics_file(matrix))
 
 
 @app.command()
@@ -465,6 +475,23 @@ def verify(
         raise typer.Exit(2)
 
 
+def _found(
+    recipe: str,
+    overrides: list[str] | None,
+    with_method: list[str] | None,
+    run_dir: Path | None,
+    launch: str,
+    gpus: int | None,
+) -> tuple[Any, Path, Any]:
+    """The recipe, directory and launch that the arguments mean: a run directory is taken up where it is."""
+    from .recipe import load_recipe
+    from .step import Launch
+
+    loaded = load_recipe(recipe, overrides or (), with_method or ())
+    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
+    return loaded, directory, Launch.named(launch, gpus)
+
+
 def _start(
     recipe: str,
     overrides: list[str] | None,
@@ -474,14 +501,16 @@ def _start(
     gpus: int | None,
     terminal: Any,
 ) -> Any:
-    """The run that the arguments mean: a run directory given as the recipe is taken up where it is."""
-    from .recipe import load_recipe
+    """The run that the arguments mean, for commands that do one step of it."""
+    from .orders import members
     from .run import start_run
-    from .step import Launch
 
-    loaded = load_recipe(recipe, overrides or (), with_method or ())
-    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
-    return start_run(loaded, directory, Launch.named(launch, gpus), terminal)
+    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus)
+    if loaded.sweep:
+        first, *others = members(loaded)
+        remedy = f"Name the folder of one ({directory / first.name}), or add sweep=null; `mcit run` runs all"
+        raise InputError(f"is a sweep of {len(others) + 1} runs", where=recipe, field="sweep", remedy=remedy)
+    return start_run(loaded, directory, launcher, terminal)
 
 
 def _configuration(recipe: str, overrides: list[str] | None, with_method: list[str] | None) -> str:

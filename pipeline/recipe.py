@@ -15,6 +15,7 @@ from mcit.data_prep.files import atomic_open
 from mcit.data_prep.schema import AsdConfig, Config, PrepareConfig, TaskConfig
 from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
+from mcit.pipeline.orders import SweepConfig, members, resolve_orders
 from mcit.pipeline.recipe_yaml import to_yaml
 from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
@@ -128,6 +129,7 @@ class Recipe(Config):
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    sweep: SweepConfig | None = None  # run several times, under other seeds and orders of the tasks
     folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for
 
     @property
@@ -207,6 +209,7 @@ def load_recipe(
     Raises `InputError` with the file and the dotted key of the first thing that is wrong.
     """
     layers = read_layers(name, overrides, with_methods)
+    resolve_orders(layers)
     try:
         recipe = Recipe.model_validate(layers.values, strict=True)
     except ValidationError as error:
@@ -217,6 +220,9 @@ def load_recipe(
     _check_names(recipe, layers)
     with _located(layers.origin(("stream",))):
         stages = recipe.stages  # a task's overrides are checked here, not when its stage's turn comes
+    if recipe.sweep:
+        with _located(layers.origin(("sweep",))):
+            stages += [stage for member in members(recipe) for stage in member.recipe.stages]
     if recipe.method and check_methods:
         from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
 

@@ -23,11 +23,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.prepare import image_path, read_samples, read_task
+from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .adapters import hash_adapter, lora_layers, rank, save_adapter
 from .arguments import check_stage, processes
+from .collator import Collator
+from .during import During, choose_probes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
@@ -129,7 +132,12 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         sample
         for name, task in tasks.items()
         for sample in trained_in(
-            _samples(run_dir / "data" / name, task), k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed
+            _samples(run_dir / "data" / name, task, "train"),
+            k,
+            recipe.homes(name),
+            len(recipe.stages),
+            recipe.blur,
+            recipe.seed,
         )
     ]
     methods = build_methods(recipe.method, stage.train)
@@ -164,6 +172,9 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         keep_whole(trainer, [parameter for parameter in peft.parameters() if parameter.requires_grad])
     trainer.add_callback(ReallyDistributed(trainer))
     trainer.add_callback(untrained := Untrained(peft))
+    during = _during(entered, trainer, run_dir, context) if recipe.eval.during else None
+    if during:
+        trainer.add_callback(during)
 
     trainer.train()
     trained = _fingerprint(peft)
@@ -193,6 +204,9 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
             "trained_parameters": sum(p.numel() for p in peft.parameters() if p.requires_grad),
             "peak_memory_bytes": _peak_memory(),
         }
+        if during:
+            during.write(output)
+            summary["during"] = during.summary()
         write_json(output / "trained.json", summary)
         replace_folder(output, stages / stage.folder)
     trainer.accelerator.wait_for_everyone()
@@ -226,12 +240,23 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _samples(folder: Path, task: PreparedTask) -> list[Sample]:
+def _samples(folder: Path, task: PreparedTask, part: Part) -> list[Sample]:
     folder = folder.resolve()
     return [
         {**sample, "images": [str(image_path(folder, task, image)) for image in sample["images"]]}
-        for sample in read_samples(folder, "train")
+        for sample in read_samples(folder, part)
     ]
+
+
+def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -> During:
+    """What is asked while the stage trains: every task learned by its end, in the order of the matrix's columns."""
+    recipe, config = entered.recipe, entered.recipe.eval.during
+    assert config is not None
+    folders = {task: run_dir / "data" / task for task, first in recipe.learned.items() if first <= entered.stage.k}
+    tasks = {task: read_task(folder) for task, folder in folders.items()}
+    probes = {task: choose_probes(_samples(folders[task], tasks[task], "test"), config.probes) for task in tasks}
+    collator = Collator(entered.processor, [], context, padding_side="left")
+    return During(trainer, config, tasks, probes, collator)
 
 
 def _outside_language(model: "PeftModel") -> list[torch.nn.Parameter]:

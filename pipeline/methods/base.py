@@ -36,7 +36,8 @@ class Method:
 
     A recipe's `method: {<name>: {…}}` is validated by `Config`. `neutral` holds the settings under which the method
     does nothing: then training must equal sequential tuning under the same lineage bit for bit, and draw no random
-    number. State is a flat mapping of tensors, saved after each stage and handed to the next one.
+    number. State is a flat mapping of tensors, saved after each stage and handed to the next one. Between steps the
+    model may also run in evaluation mode (`eval.during`): hooks on its modules look at `training`.
     """
 
     name: ClassVar[str]
