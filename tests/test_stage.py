@@ -127,7 +127,7 @@ def test_stack_keeps_the_base_bit_identical(trained: tuple[Path, Path], tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])
 def test_two_processes_that_train_the_tower_are_one(trained: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
-    """Its factors are left out by a text-only batch and taken in by the penalty; each process asks half of the probes."""
+    """Its factors are left out by a text-only batch and taken in by the penalty; each asks half of the probes."""
     first = tmp_path / "first"
     (first / "stages").mkdir(parents=True)
     (first / "data").symlink_to(trained[0] / "data")
