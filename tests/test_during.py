@@ -7,8 +7,17 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from test_stage import assert_same_curves, copy_run, launch, second_adapter, train, uneven
-from training import make_run, make_samples, tiny_model, tiny_processor, write_images
+from test_stage import copy_run, second_adapter, train
+from training import (
+    assert_same_curves,
+    launch,
+    make_run,
+    make_samples,
+    tiny_model,
+    tiny_processor,
+    uneven,
+    write_images,
+)
 from transformers import GenerationConfig
 
 from mcit.data_prep.files import read_json

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training import TINY, largest_gap, launch, make_run, make_samples, tiny_model, uneven
+from training import TINY, assert_same_curves, largest_gap, launch, make_run, make_samples, tiny_model, uneven
 from trl import GRPOConfig, SFTConfig
 
 from mcit.data_prep.errors import InputError
@@ -140,11 +140,7 @@ def test_two_processes_that_train_the_tower_are_one(trained: tuple[Path, Path], 
     launch(together, trained[1], mode, 2, vision, during, "train.sft.args.per_device_train_batch_size=2")
     assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == mode
     assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
-    curves, others = (read_json(run / "stages" / "02-words" / "during.json") for run in (alone, together))
-    assert curves["steps"] == others["steps"] and len(curves["steps"]) > 3
-    for task, scores in curves["tasks"].items():
-        assert scores["exact"] == others["tasks"][task]["exact"]
-        assert scores["logprob"] == pytest.approx(others["tasks"][task]["logprob"], abs=1e-3)
+    assert_same_curves(alone, together)
 
 
 def test_an_interrupted_stage_leaves_nothing_that_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from random_model import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mcit.recipes
-from mcit.data_prep.files import write_json, write_jsonl
+from mcit.data_prep.files import read_json, write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
@@ -137,6 +138,15 @@ def launch(
 def largest_gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
     assert one.keys() == two.keys()
     return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+def assert_same_curves(one: Path, other: Path) -> None:
+    """Two runs' second stages were looked at after the same steps, with the same outcome."""
+    curves, others = (read_json(run / "stages" / "02-words" / "during.json") for run in (one, other))
+    assert curves["steps"] == others["steps"] and len(curves["steps"]) > 3
+    for task, scores in curves["tasks"].items():
+        assert scores["exact"] == others["tasks"][task]["exact"]
+        assert scores["logprob"] == pytest.approx(others["tasks"][task]["logprob"], abs=1e-3)
 
 
 class MeanLength(Method):
