@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -300,6 +302,51 @@ def show(
     from .terminal import Terminal
 
     show_stage(load_recipe(recipe, overrides or (), with_method or ()), stage, n, Terminal())
+
+
+@app.command()
+def ask(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    question: Annotated[str, typer.Argument(help="As the model is to read it, format sentence and options included.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; several if repeated.")] = None,
+    stage: Annotated[list[int] | None, typer.Option(help="0 is the base; several if repeated. Default: all.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Recipe keys to change: eval.engine=vllm.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the policies of several stages one question, side by side.
+
+    Example: `mcit ask runs/mini-sefe "Is there a red circle? Answer yes or no." --image x.png --stage 0 --stage 5`
+    """
+    from rich.console import Console
+
+    from mcit.eval.ask import ask as ask_policies
+    from mcit.eval.ask import read_policies
+
+    from .recipe import load_recipe
+    from .terminal import Terminal
+
+    # What libraries remark while an engine starts goes into a log elsewhere; here it would bury the answer.
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    policies = read_policies(run, stage or ())
+    config = load_recipe(run, overrides or (), check_methods=False).eval
+    terminal = Terminal(Console(stderr=True, highlight=False, soft_wrap=True) if as_json else None)
+    with terminal.working("ask") as show:
+        answers = ask_policies(policies, question, image or (), config, show)
+    if as_json:
+        _print_json([answer._asdict() for answer in answers])
+        return
+    rows = [
+        (
+            f"{a.stage} {a.name}",
+            a.answer if a.finished else f"{a.answer} … (cut off)",
+            "" if a.probability is None else f"{a.probability:.2f}",
+        )
+        for a in answers
+    ]
+    terminal.table(question, ("policy of stage", "answer", "its probability"), rows)
 
 
 @app.command()
