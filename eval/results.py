@@ -24,7 +24,7 @@ class TaskInfo(TypedDict):
 
     name: str
     style: str
-    scorer: str  # a kind, or module:function
+    scorer: str  # a kind, a protocol, or module:function
     n: int  # samples of the test part
 
 

@@ -48,7 +48,7 @@ def get_protocol(name: str) -> Scorer:
     family = name.partition(":")[0]
     near = difflib.get_close_matches(name.lower(), PROTOCOLS, n=1) if ":" in name else []
     known = [protocol for protocol in PROTOCOLS if protocol.partition(":")[0] == family]
-    families = (f"{name}:<task>" for name in FAMILIES)
+    families = (f"{each}:<task>" for each in FAMILIES)
     remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known or families)}"
     raise InputError(f"unknown protocol {name!r}", remedy=remedy)
 

@@ -208,6 +208,22 @@ def test_a_score_that_is_no_mean_is_that_of_the_whole_file(tmp_path):
     assert result["stderr"] is None
 
 
+def test_cider_is_weighed_by_the_whole_file(tmp_path):
+    references = [["a dog runs on grass"], ["a cat sits on a mat"], ["a man sits on grass"]]
+    answers = ["the dog on grass", "a cat", "a man on a mat"]
+    rows = zip(answers, references, strict=True)
+    lines = [prediction(i, answer, *captions) for i, (answer, captions) in enumerate(rows)]
+    out = tmp_path / "out"
+    score_file("cider", write(tmp_path, *lines), per_sample=out)
+    scorer = SCORERS["cider"].for_corpus(references)
+    assert [json.loads(line)["score"] for line in out.read_text().splitlines()] == pytest.approx(
+        [scorer.score(answer, captions, {}) for answer, captions in zip(answers, references, strict=True)]
+    )
+    assert scorer.score(answers[0], references[0], {}) != pytest.approx(
+        SCORERS["cider"].score(answers[0], references[0], {})
+    )
+
+
 # --- Against a test set ---------------------------------------------------------------------------------------------
 
 

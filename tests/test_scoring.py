@@ -242,6 +242,22 @@ def test_unanswered_questions_stay_in_the_denominator():
     assert aggregate(rows)["score"] == 50
 
 
+def test_a_set_whose_score_is_no_mean_is_scored_as_a_whole():
+    scorer = SCORERS["bleu"]
+    rows = [
+        {"references": [reference], **judge("caption", reference, response, kind="bleu", finished=finished)}
+        for reference, response, finished in (
+            ("the cat sat on the mat", "the cat sat on the mat", True),
+            ("a dog runs", "a dog", True),
+            ("a red bus", "a red bus", False),
+        )
+    ]
+    cell = aggregate(rows, scorer)
+    answers = ["the cat sat on the mat", "a dog", ""]  # what was cut off has no form, and counts as nothing
+    assert cell["score"] == pytest.approx(scorer.pooled(answers, [row["references"] for row in rows]))
+    assert cell["stderr"] is None and cell["verdicts"]["wrong_format"] == pytest.approx(1 / 3)
+
+
 def test_nothing_to_aggregate_is_an_error():
     with pytest.raises(InputError):
         aggregate([])

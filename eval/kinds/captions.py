@@ -56,7 +56,7 @@ def _corpus_bleu(answers: Sequence[str], references: References) -> float:
     return min(100.0, BLEU(lowercase=True).corpus_score(answers, streams(references)).score)
 
 
-def streams(references: References) -> list[list[str | None]]:
+def streams(references: References) -> list[list[Any]]:
     """References by sample as sacreBLEU wants them: the first of each sample, the second, …; None for none."""
     return [list(stream) for stream in zip_longest(*references)]
 
