@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import NullLocator
 
 from mcit.data_prep.files import atomic_open
 
@@ -53,16 +54,22 @@ def _draw_stage(axis: Any, result: Mapping[str, Any], k: int, key: str, styles: 
     curves = result["curves"]
     start, end = curves["ends"][k - 1], curves["ends"][k]
     for task, curve in curves["tasks"].items():
+        if curve["steps"][0] >= end:  # not learned yet
+            continue
         rows = zip(curve["steps"], curve[key], curve["stderr"], strict=True)
         points = [(step - start, value, error or 0.0) for step, value, error in rows if start <= step <= end]
         points = [point for point in points if point[1] is not None]
-        steps, values = [step for step, *_ in points], [value for _, value, _ in points]
-        axis.plot(steps, values, label=task, lw=1.4, marker=".", ms=2.5, **styles[task])
+        places, values = [step for step, *_ in points], [value for _, value, _ in points]
+        axis.plot(places, values, label=task, lw=1.4, marker=".", ms=2.5, **styles[task])
         if key == "exact":
             low, high = ([value + sign * error for _, value, error in points] for sign in (-1, 1))
-            axis.fill_between(steps, low, high, color=styles[task]["color"], alpha=0.12, lw=0)
-    axis.set_xscale("symlog", linthresh=max(curves["schedule"]["dense"], 1))
-    axis.set_xlim(0, end - start)
+            axis.fill_between(places, low, high, color=styles[task]["color"], alpha=0.12, lw=0)
+    steps, dense = end - start, max(curves["schedule"]["dense"], 1)
+    axis.set_xscale("symlog", linthresh=dense)
+    axis.set_xticks([0, *([dense] if 1.5 * dense < steps else []), steps], minor=False)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlim(0, steps)
     axis.set_title(f"stage {k}: {result['stages'][k]['name']}", fontsize=9)
     axis.set_xlabel("steps since the switch", fontsize=8)
     axis.tick_params(labelsize=7)
