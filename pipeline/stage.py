@@ -168,6 +168,8 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     for method in methods:
         if mode not in method.distributed:
             raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
+    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
+        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
     if mode == "zero3":
         keep_whole(trainer, [parameter for parameter in peft.parameters() if parameter.requires_grad])
     trainer.add_callback(ReallyDistributed(trainer))

