@@ -117,9 +117,9 @@ class Builder:
             groups, chosen = choose_groups(keys, share)
         except InputError as error:
             raise InputError(error.problem, where=self.task.name, remedy=error.remedy) from None
-        for part, held_out in (("train", False), ("test", True)):
-            places = (place for place, group in zip(train, groups, strict=True) if (group in chosen) == held_out)
-            self.parts[part] = array("q", places)
+        held_out = [group in chosen for group in groups]
+        self.parts["train"] = array("q", (place for place, out in zip(train, held_out, strict=True) if not out))
+        self.parts["test"] = array("q", (place for place, out in zip(train, held_out, strict=True) if out))
         self.notes.append(
             f"no test set given: {len(self.parts['test'])} samples split off, "
             f"those of {len(chosen)} of {len(set(groups))} images or questions"

@@ -44,11 +44,12 @@ def lora_layers(model: PeftModel, adapter: str = "default") -> list[tuple[str, n
 
     They are whole under ZeRO-3 too, for which all processes call this together.
     """
-    layers = []
+    layers: list[tuple[str, nn.Parameter, nn.Parameter, float]] = []
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             a, b = cast(nn.Linear, module.lora_A[adapter]), cast(nn.Linear, module.lora_B[adapter])
-            layers.append((name, a.weight, b.weight, module.scaling[adapter]))
+            factors = cast(nn.Parameter, a.weight), cast(nn.Parameter, b.weight)
+            layers.append((name, *factors, module.scaling[adapter]))
     gather(factor for _, a, b, _ in layers for factor in (a, b))
     return layers
 

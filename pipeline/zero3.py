@@ -1,7 +1,7 @@
 """ZeRO-3 parts every weight among the processes; what a stage trains stays whole, as methods and lineages need it."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -18,7 +18,7 @@ def keep_whole(trainer: "Trainer", parameters: Sequence[nn.Parameter]) -> None:
     config["stage3_param_persistence_threshold"] = max(parameter.numel() for parameter in parameters)
     # TRL asks for reentrant checkpointing, as DeepSpeed before 0.19.8 needed beside frozen weights. Under it a gradient
     # arrives twice where a method's term uses a factor too, which DeepSpeed does not take.
-    kwargs = trainer.args.gradient_checkpointing_kwargs or {}
+    kwargs: Any = trainer.args.gradient_checkpointing_kwargs or {}
     trainer.args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
 
 
@@ -27,6 +27,6 @@ def gather(parameters: Iterable[nn.Parameter]) -> None:
 
     Does nothing but under ZeRO-3. They remain whole if `keep_whole` covers them.
     """
-    parted = [parameter for parameter in parameters if hasattr(parameter, "ds_status")]
+    parted: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_status")]
     if parted:
         parted[0].all_gather(parted)  # those that are whole are passed over
