@@ -8,7 +8,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import cast
 
@@ -118,8 +118,8 @@ class Builder:
         except InputError as error:
             raise InputError(error.problem, where=self.task.name, remedy=error.remedy) from None
         held_out = [group in chosen for group in groups]
-        self.parts["train"] = array("q", (place for place, out in zip(train, held_out, strict=True) if not out))
-        self.parts["test"] = array("q", (place for place, out in zip(train, held_out, strict=True) if out))
+        self.parts["train"] = array("q", compress(train, (not held for held in held_out)))
+        self.parts["test"] = array("q", compress(train, held_out))
         self.notes.append(
             f"no test set given: {len(self.parts['test'])} samples split off, "
             f"those of {len(chosen)} of {len(set(groups))} images or questions"

@@ -1,6 +1,7 @@
 """The `mcit` command. Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 130 interrupted."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -57,6 +58,12 @@ def main() -> None:
     except ChildFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}. Make room and run it again: what is done is kept", file=sys.stderr)
+        sys.exit(2)
 
 
 @app.command()
