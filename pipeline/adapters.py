@@ -39,7 +39,7 @@ class Factors(NamedTuple):
 Adapter = dict[str, Factors]  # by module name of the base model
 
 
-def lora_layers(model: PeftModel, adapter: str = "default") -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
+def lora_layers(model: PeftModel, adapter: str = "default") -> list[tuple[str, Tensor, Tensor, float]]:
     """The live factors of `adapter`: (module name in the base model, A [r, in], B [out, r], scaling).
 
     They are whole under ZeRO-3 too, for which all processes call this together.

@@ -1,15 +1,15 @@
 """ZeRO-3 parts every weight among the processes; what a stage trains stays whole, as methods and lineages need it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def keep_whole(trainer: "Trainer", parameters: Sequence[nn.Parameter]) -> None:
+def keep_whole(trainer: "Trainer", parameters: Iterable[Tensor]) -> None:
     """Have DeepSpeed part with nothing as small as the largest of `parameters`, once it is gathered.
 
     Call it before training. Biases, norms and small layers of the base stay whole with them.
@@ -22,7 +22,7 @@ def keep_whole(trainer: "Trainer", parameters: Sequence[nn.Parameter]) -> None:
     trainer.args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
 
 
-def gather(parameters: Iterable[nn.Parameter]) -> None:
+def gather(parameters: Iterable[Tensor]) -> None:
     """Make parameters whole that are not, such as at the start of training; all processes call it together.
 
     Does nothing but under ZeRO-3. They remain whole if `keep_whole` covers them.
