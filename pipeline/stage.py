@@ -66,7 +66,7 @@ class Entered:
 
     @property
     def enters_base(self) -> bool:
-        """Whether the policy that the stage begins with is the untouched base."""
+        """Whether the policy that the stage begins with is the untouched base; a fresh LoRA changes nothing."""
         return self.before.kind == "base" or self.stage.train.lineage == "independent"
 
     def load_base(self, accelerator: Any) -> Any:

@@ -17,7 +17,7 @@ from .batches import deal
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .methods import Method, StepView
 from .replay import Pass, Replayed, Replays, backbone, caught_states
-from .zero3 import gather
+from .zero3 import gather, whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -97,13 +97,13 @@ class MethodLoss:
                     yield from (seen for _, seen in self.replays.by_method(one))
 
     @torch.no_grad()
-    def output_head(self, method: Method) -> nn.Module:
+    def output_head(self, method: Method) -> nn.Linear:
         """What makes logits of last hidden states, tried on a sample of `method.replay`.
 
         Raises `InputError` where logits are more than that, scaled or capped: a loss on them would be another model's.
         """
         model: Any = self.model  # type: ignore[attr-defined]
-        head: nn.Module = model.get_base_model().get_output_embeddings()
+        head = whole(model.get_base_model().get_output_embeddings())
         sample = self.replays.samples[self.replays.drawn[method.name].indices[0]]
         inputs = self._prepare_input(self.collator.collate([sample]))  # type: ignore[attr-defined]
         del inputs["labels"]

@@ -13,7 +13,7 @@ from ..collator import IGNORED
 TEMPERATURE = 2.0  # GeRe (code, in a function that it does not use)
 
 
-def answer_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
+def answer_loss(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
     """Mean cross-entropy, in nats, of a sample's next tokens that carry loss.
 
     `hidden` [tokens, units] are last hidden states, `labels` [tokens] as in a batch. Logits are not kept.
@@ -26,7 +26,7 @@ def answer_loss(hidden: Tensor, labels: Tensor, head: nn.Module) -> Tensor:
     return checkpoint(loss, hidden[:-1][learned], use_reentrant=False, preserve_rng_state=False)
 
 
-def divergence(hidden: Tensor, kept: Tensor, head: nn.Module) -> Tensor:
+def divergence(hidden: Tensor, kept: Tensor, head: nn.Linear) -> Tensor:
     """KL(anchor || now) of the next token, in nats, a mean over tokens, both at `TEMPERATURE`.
 
     `hidden` and `kept` [tokens, units] are last hidden states now and of the anchor; the head is the same for both.
@@ -39,6 +39,6 @@ def divergence(hidden: Tensor, kept: Tensor, head: nn.Module) -> Tensor:
     return checkpoint(loss, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
-def logits(hidden: Tensor, head: nn.Module) -> Tensor:
+def logits(hidden: Tensor, head: nn.Linear) -> Tensor:
     """Logits, float32 [tokens, vocabulary], of last hidden states."""
     return head(hidden.to(head.weight.dtype)).float()
