@@ -2,10 +2,10 @@
 
     python benchmarks/gere.py OUT.json
 
-Files are written for drawn hidden states, half of the samples with images, and compared with the same states in float32,
-which is what the official code keeps; the loss from a file is compared with the loss from those. A step is forward and
-backward pass of a random language model with LoRA: the batch alone, with the general samples in the same forward pass,
-and with a forward pass for each, in turn, so that other work on the machine meets them alike.
+Files are written for drawn hidden states, half of the samples with images, and compared with the same states in
+float32, which is what the official code keeps; the loss from a file is compared with the loss from those. A step is
+forward and backward pass of a random language model with LoRA: the batch alone, with the general samples in the same
+forward pass, and with a forward pass for each, in turn, so that other work on the machine meets them alike.
 """
 
 import argparse

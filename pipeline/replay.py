@@ -77,10 +77,14 @@ class Replays:
                 yield name, Replayed(samples, tokens, seen.hidden[rows], seen.labels[rows])
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The transformers model below PEFT's, if that is what it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def backbone(model: nn.Module) -> Any:
     """The model below its output head; it returns `last_hidden_state` [rows, length, units]."""
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return whole.base_model
+    return unwrapped(model).base_model
 
 
 @contextlib.contextmanager

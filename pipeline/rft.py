@@ -48,11 +48,10 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
             seed=args.seed,
         )
 
-
     def apart(self, view: StepView) -> Iterator[Pass]:
         """The replayed samples of this optimizer step."""
         if view.last and self.replays.drawn:
-            yield from self.forward(view.model, self.replays.of(view.step, self.args.seed))
+            yield from self.passes(view.model, self.replays.of(view.step, self.args.seed))
 
 
 def make_trainer(entered: Entered) -> StageGRPOTrainer:

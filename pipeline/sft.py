@@ -70,7 +70,7 @@ def make_trainer(entered: Entered) -> StageSFTTrainer:
         sampler,
         model=entered.model,
         args=make_config(SFTConfig, entered, own),
-        data_collator=Collator(entered.processor, replays.samples, entered.max_length, replays.own),
+        data_collator=Collator(entered.processor, replays.samples, entered.max_length, own=replays.own),
         train_dataset=Dataset.from_dict({"index": list(range(replays.own))}),
         processing_class=entered.processor,
         callbacks=entered.callbacks,

@@ -16,7 +16,7 @@ from .arguments import deepspeed, processes
 from .batches import deal
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .methods import Method, StepView
-from .replay import Pass, Replayed, Replays, backbone, caught_states
+from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
 from .zero3 import gather, whole
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
     from .stage import Entered
 
+_Mixin: Any = object  # so that what is TRL's is not looked for here
 
-class MethodLoss:
+
+class MethodLoss(_Mixin):  # type: ignore[misc]
     """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss` and `Method.replay_loss`.
 
     `idle` are the trained parameters that a text-only batch leaves out of the graph. They get a gradient of zero then,
@@ -42,44 +44,47 @@ class MethodLoss:
         """Work with a stage's methods from here on."""
         self.methods, self.idle, self.replays = methods, idle, entered.replays
         self.collator = Collator(entered.processor, [], entered.max_length)
-        self.add_callback(Begin(entered, self))  # type: ignore[attr-defined]
+        self.add_callback(Begin(entered, self))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
         beside, labels = inputs.pop(REPLAYED, []), inputs.pop(REPLAYED_LABELS, None)
-        with caught_states(self.model) if beside else contextlib.nullcontext([]) as states:  # type: ignore[attr-defined]
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not self.model.training:  # type: ignore[attr-defined]
+        watch: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
+        if beside:
+            watch = caught_states(self.model)
+        with watch as states:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
             return loss
         gather(self.idle)
         for parameter in self.idle:
             loss = loss + 0 * parameter.sum()
-        micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        micro_batches = self.current_gradient_accumulation_steps
         view = StepView(
-            model=self.accelerator.unwrap_model(self.model),  # type: ignore[attr-defined]
+            model=self.accelerator.unwrap_model(self.model),
             inputs=inputs,
             replayed=len(beside),
-            step=self.state.global_step,  # type: ignore[attr-defined]
+            step=self.state.global_step,
             micro_batches=micro_batches,
             share=self.share(inputs),
-            last=self.accelerator.sync_gradients,  # type: ignore[attr-defined]
-            process=self.accelerator.process_index,  # type: ignore[attr-defined]
-            processes=self.accelerator.num_processes,  # type: ignore[attr-defined]
+            last=self.accelerator.sync_gradients,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
-        passes = [Pass.inside(beside, states[0], labels)] if beside else self.apart(view)
+        seen = [Pass.inside(beside, states[0], labels)] if beside else self.apart(view)
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
-        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-        divided = not accepts and self.compute_loss_func is None  # type: ignore[attr-defined]
-        for method, term in [*self._own_terms(view), *self._replay_terms(passes)]:
+        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        divided = not accepts and self.compute_loss_func is None
+        for method, term in [*self._own_terms(view), *self._replay_terms(seen)]:
             self._terms[method.name].append(term.detach())
             loss = loss + term * (micro_batches if divided else 1)
         return loss
 
     def share(self, inputs: Any) -> float:
         """See `StepView.share`; where all micro-batches are equally large."""
-        return 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return 1 / self.current_gradient_accumulation_steps
 
     def apart(self, view: StepView) -> Iterable[Pass]:
         """Forward passes over replayed samples that were not in the micro-batch itself."""
@@ -92,7 +97,7 @@ class MethodLoss:
         All processes must go through to the end, for they make as many passes, at the same time.
         """
         with _evaluating(model):
-            for one in self.forward(model, self.replays.drawn[method.name].indices):
+            for one in self.passes(model, self.replays.drawn[method.name].indices):
                 if one.counts:
                     yield from (seen for _, seen in self.replays.by_method(one))
 
@@ -102,28 +107,28 @@ class MethodLoss:
 
         Raises `InputError` where logits are more than that, scaled or capped: a loss on them would be another model's.
         """
-        model: Any = self.model  # type: ignore[attr-defined]
-        head = whole(model.get_base_model().get_output_embeddings())
+        model = self.model
+        head = whole(unwrapped(model).get_output_embeddings())
         sample = self.replays.samples[self.replays.drawn[method.name].indices[0]]
-        inputs = self._prepare_input(self.collator.collate([sample]))  # type: ignore[attr-defined]
+        inputs = self._prepare_input(self.collator.collate([sample]))
         del inputs["labels"]
-        with _evaluating(model), caught_states(model) as states, self.accelerator.autocast():  # type: ignore[attr-defined]
+        with _evaluating(model), caught_states(model) as states, self.accelerator.autocast():
             wanted = model(**inputs, use_cache=False).logits
             found = head(states[0])
         if not torch.allclose(found.to(wanted.dtype), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
-            problem = f"the logits of {type(model.get_base_model()).__name__} are not its output layer's"
+            problem = f"the logits of {type(unwrapped(model)).__name__} are not its output layer's"
             raise InputError(problem, where="recipe", field=f"method.{method.name}")
         return head
 
-    def forward(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
+    def passes(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
         """Replayed samples, by index, through `model`, as many as a micro-batch has of them at a time."""
-        accelerator, replays = self.accelerator, self.replays  # type: ignore[attr-defined]
-        size = self.args.per_device_train_batch_size * accelerator.num_processes  # type: ignore[attr-defined]
+        accelerator, replays = self.accelerator, self.replays
+        size = self.args.per_device_train_batch_size * accelerator.num_processes
         for step in deal(indices, replays.has_images, size, accelerator.num_processes):
             mine = step[accelerator.process_index]
             batch = self.collator.collate([replays.samples[index] for index in mine.samples])
             tokens = batch["attention_mask"].sum(1).tolist()
-            inputs = self._prepare_input(batch)  # type: ignore[attr-defined]
+            inputs = self._prepare_input(batch)
             labels = inputs.pop("labels")
             with accelerator.autocast():
                 hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
@@ -137,10 +142,10 @@ class MethodLoss:
     def _replay_terms(self, passes: Iterable[Pass]) -> Iterator[tuple[Method, Tensor]]:
         """A term of each method that replays: a zero where there is nothing to see, so that all log the same terms."""
         methods = {method.name: method for method in self.methods if method.name in self.replays.drawn}
-        terms = {name: torch.zeros((), device=self.args.device) for name in methods}  # type: ignore[attr-defined]
+        terms = {name: torch.zeros((), device=self.args.device) for name in methods}
         for one in passes:
             for name, seen in self.replays.by_method(one):
-                share = one.counts * processes() / self.replays.drawn[name].per_batch
+                share = one.counts * self.accelerator.num_processes / self.replays.drawn[name].per_batch
                 terms[name] = terms[name] + share * methods[name].replay_loss(seen).sum()
         return ((method, terms[name]) for name, method in methods.items())
 
@@ -150,13 +155,13 @@ class MethodLoss:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log each term, per optimizer step and averaged over processes, beside the trainer's own figures."""
-        steps = self.state.global_step - self.__dict__.get("_logged_step", 0)  # type: ignore[attr-defined]
+        steps = self.state.global_step - self.__dict__.get("_logged_step", 0)
         for name, terms in self._terms.items():
-            term = self.accelerator.reduce(torch.stack(terms).sum(), "mean")  # type: ignore[attr-defined]
+            term = self.accelerator.reduce(torch.stack(terms).sum(), "mean")
             logs[f"{name}_loss"] = term.item() / max(steps, 1)
         self._terms.clear()
-        self.__dict__["_logged_step"] = self.state.global_step  # type: ignore[attr-defined]
-        super().log(logs, start_time)  # type: ignore[misc]
+        self.__dict__["_logged_step"] = self.state.global_step
+        super().log(logs, start_time)
 
 
 @contextlib.contextmanager

@@ -102,7 +102,9 @@ def test_what_is_drawn_beside_comes_on_top_and_last(kinds: tuple[int, int], proc
         sampler.set_epoch(epoch)
         for number, (steps, batch) in enumerate(zip(by_step(sampler), plain(own, 3, epoch), strict=True), 3 * epoch):
             wanted = [*batch, *drawn[0].of(number, 3), *drawn[1].of(number, 3)]
-            assert Counter(i for step in steps for share in step if share.loss for i in share.samples) == Counter(wanted)
+            assert Counter(i for step in steps for share in step if share.loss for i in share.samples) == Counter(
+                wanted
+            )
             for step in steps:
                 assert len({has_images[i] for share in step for i in share.samples}) == 1
                 for share in step:

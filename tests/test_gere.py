@@ -181,7 +181,7 @@ def test_a_file_says_whose_states_it_has(tmp_path: Path) -> None:
     assert anchor_path(tmp_path, {"policy": "q", "sigmas": 1.0}) != anchor.path
     with pytest.raises(InputError, match="a sample had 9 tokens when its states were kept, and has 8 now"):
         anchor.of(1, 8)
-    with pytest.raises(InputError, match="is no file of states .*provenance.*Delete it"):
+    with pytest.raises(InputError, match=r"is no file of states .*provenance.*Delete it"):
         Anchor(anchor.path, {"policy": "q"})
     anchor.path.write_bytes(anchor.path.read_bytes()[:100])
     with pytest.raises(InputError, match="is no file of states"):
@@ -282,7 +282,9 @@ def copy_run(run: Path, to: Path, *stages: str) -> Path:
     return to
 
 
-def train(run: Path, recipe: Path, k: int, *overrides: str, watch: Callable[[Any], None] = lambda trainer: None) -> Path:
+def train(
+    run: Path, recipe: Path, k: int, *overrides: str, watch: Callable[[Any], None] = lambda trainer: None
+) -> Path:
     def make(entered: Any) -> Any:
         trainer = make_trainer(entered)
         watch(trainer)
@@ -376,9 +378,7 @@ def test_two_processes_look_at_a_fresh_base_as_one(
 
 
 @pytest.mark.parametrize("match", ["tm", "kl", "l1", "l2"])
-def test_the_start_of_a_stage_as_anchor(
-    prepared: tuple[Path, Path], first: Path, tmp_path: Path, match: str
-) -> None:
+def test_the_start_of_a_stage_as_anchor(prepared: tuple[Path, Path], first: Path, tmp_path: Path, match: str) -> None:
     """Nothing has moved at the first step, something has at the second, and the file is gone at the end."""
     before, run = anchor_files(), copy_run(first, tmp_path, "00-base", "01-colour")
     settings = f"{{per_batch: 3, label_weight: 0, weight: 1, match: {match}, anchor: stage_start}}"
@@ -394,9 +394,7 @@ def test_labels_alone_need_no_anchor(prepared: tuple[Path, Path], first: Path, t
     assert anchor_files() == before and logged(stage, "gere_loss")[0] > 0
 
 
-def test_a_head_that_is_not_all_there_is_to_the_logits_is_refused(
-    prepared: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_a_head_that_is_not_all_there_is_to_the_logits_is_refused(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     run = copy_run(prepared[0], tmp_path, "00-base")
 
     def watch(trainer: Any) -> None:
@@ -407,7 +405,7 @@ def test_a_head_that_is_not_all_there_is_to_the_logits_is_refused(
 
         trainer.model.get_base_model().register_forward_hook(scaled)
 
-    with pytest.raises(InputError, match="method.gere: the logits of Qwen2_5_VLFor.* are not its output layer's"):
+    with pytest.raises(InputError, match=r"method.gere: the logits of Qwen2_5_VLFor.* are not its output layer's"):
         train(run, prepared[1], 1, watch=watch)
 
 

@@ -219,7 +219,7 @@ ANCHORS = 400
 def anchors(part: str) -> Iterator[dict]:
     """A reader of general samples: facts in any of their styles, of each kind of picture as many as pretraining has.
 
-    They are drawn anew (pretraining draws from `[seed, 1, lesson]`, its gate from `[seed, 2]`), and there is but one part.
+    They are drawn anew: pretraining draws from `[seed, 1, lesson]`, its gate from `[seed, 2]`. There is but one part.
     """
     rng = np.random.default_rng([0, 4])
     sources = [source for source, dialogues in SOURCES.items() for _ in range(dialogues)]

@@ -28,7 +28,7 @@ Look = Callable[[], Iterator[Replayed]]  # every sample once, of which this proc
 
 
 class Anchor:
-    """An open file of states; rows are read as they are needed. Raises `InputError` for one that is broken or another's."""
+    """An open file of states; rows are read as needed. Raises `InputError` for one that is broken or another's."""
 
     def __init__(self, path: Path, provenance: Mapping[str, Any]):
         self.path = path
@@ -41,7 +41,9 @@ class Anchor:
             names = [name for name in self.file.keys() if name.startswith("thresholds.")]
             self.thresholds = {name.partition(".")[2]: self.file.get_tensor(name) for name in names}
         except (SafetensorError, KeyError, ValueError) as error:
-            raise InputError(f"is no file of states ({error})", where=path, remedy="Delete it: it is made anew") from None
+            raise InputError(
+                f"is no file of states ({error})", where=path, remedy="Delete it: it is made anew"
+            ) from None
 
     def of(self, sample: int, tokens: int) -> Tensor:
         """The rows of a sample, [tokens, …], on the CPU. Raises `InputError` if it has another number of tokens now."""

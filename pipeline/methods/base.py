@@ -69,10 +69,11 @@ class Method:
         """A term to add to the loss of this micro-batch, a scalar, or None.
 
         Terms are summed over the micro-batches of an optimizer step and averaged over processes. So a term that depends
-        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's own samples is multiplied
-        by `view.share` (micro-batches need not be equally large). What counts then depends neither on the accumulation
-        split nor on the number of processes. A term may be shared out, as a sum of which each process returns its own
-        part times `view.processes`; one that has none returns a zero, so that all log the same terms.
+        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples, those that are
+        not replayed, is multiplied by `view.share` (micro-batches need not be equally large). What counts then depends
+        neither on the accumulation split nor on the number of processes. A term may be shared out, as a sum of which
+        each process returns its own part times `view.processes`; one that has none returns a zero, so that all log the
+        same terms.
         """
         return None
 

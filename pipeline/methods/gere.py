@@ -18,7 +18,7 @@ from mcit.data_prep import schema
 from mcit.data_prep.identity import rank
 from mcit.eval.hashing import cache_dir
 
-from ..replay import Replay, Replayed
+from ..replay import Replay, Replayed, backbone
 from .anchor import Anchor, anchor_path, write_anchor
 from .base import Method
 from .keys import unpack
@@ -28,6 +28,7 @@ from .ternary import margin_loss
 if TYPE_CHECKING:
     from ..stage import Entered
     from ..trainer import MethodLoss
+
 
 class GereConfig(schema.Config):
     """`method: {gere: {…}}`. The samples are the recipe's `anchors`."""
@@ -99,6 +100,7 @@ class Gere(Method):
         if config.weight == 0:
             return config.label_weight * answers
         distance = self._distance(sample, hidden)
+        weight: Tensor | float
         if config.weight == "dynamic":
             weight = (answers / (distance + 1e-8)).detach().clamp(max=config.weight_limit)
         else:
@@ -124,7 +126,7 @@ class Gere(Method):
                 provenance,
                 lambda: trainer.look(model, self),
                 self.kinds,
-                units=entered.model.get_base_model().config.get_text_config().hidden_size,
+                units=backbone(entered.model).config.get_text_config().hidden_size,
                 accelerator=trainer.accelerator,
                 work=entered.output_dir,
             )
