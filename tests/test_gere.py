@@ -27,6 +27,7 @@ from mcit.pipeline.methods.outputs import answer_loss, divergence
 from mcit.pipeline.methods.ternary import Moments, margin_loss, states
 from mcit.pipeline.recipe import Recipe, load_recipe
 from mcit.pipeline.replay import Replayed, backbone
+from mcit.pipeline.rft import make_trainer as make_rft_trainer
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage import run_stage
 
@@ -377,6 +378,24 @@ def test_two_processes_look_at_a_fresh_base_as_one(
         torch.testing.assert_close(files[0][f"thresholds.{kind}"], files[1][f"thresholds.{kind}"])
 
 
+@pytest.mark.slow
+def test_two_processes_replay_the_same_beside_grpo(prepared: tuple[Path, Path], first: Path, tmp_path: Path) -> None:
+    """In passes of their own, as many on both; what was answered differs later on, so the first step is compared."""
+    rft = ["train.paradigm=rft", "train.reference=none", "train.global_batch_size=16", "train.rft.args.beta=0.0"]
+    rft += [f"train.rft.args.{key}" for key in ("num_generations=4", "max_completion_length=4", "temperature=0.5")]
+    rft += [f"train.rft.args.{key}" for key in ("max_steps=2", "logging_steps=1", "per_device_train_batch_size=4")]
+    stages = []
+    for name in ("alone", "together"):
+        run = copy_run(first, tmp_path / name, "00-base", "01-colour")
+        stages.append(run / "stages" / "02-again")
+        if name == "alone":
+            run_stage(load_recipe(prepared[1], rft), 2, run, "rft", make_rft_trainer)
+        else:
+            launch(run, prepared[1], "ddp", 2, *rft, script="rft")
+    one, two = (logged(stage, "gere_loss") for stage in stages)
+    assert len(one) == len(two) == 2 and one[0] == pytest.approx(two[0], rel=1e-4) and one[0] > 0
+
+
 @pytest.mark.parametrize("match", ["tm", "kl", "l1", "l2"])
 def test_the_start_of_a_stage_as_anchor(prepared: tuple[Path, Path], first: Path, tmp_path: Path, match: str) -> None:
     """Nothing has moved at the first step, something has at the second, and the file is gone at the end."""
@@ -386,6 +405,13 @@ def test_the_start_of_a_stage_as_anchor(prepared: tuple[Path, Path], first: Path
     losses = logged(stage, "gere_loss")
     assert losses[0] == pytest.approx(0, abs=1e-6) and losses[1] > 1e-6
     assert anchor_files() == before and not list(run.rglob("*safetensors.*")) and not (stage / "method").exists()
+
+
+def test_methods_together(prepared: tuple[Path, Path], tmp_path: Path) -> None:
+    run, method = copy_run(prepared[0], tmp_path, "00-base"), "method={gere: {per_batch: 3}, reglora: {weight: 1}}"
+    for k in (1, 2):
+        stage = train(run, prepared[1], k, method)
+    assert min(logged(stage, "gere_loss")) > 0 and logged(stage, "reglora_loss")[-1] > 0
 
 
 def test_labels_alone_need_no_anchor(prepared: tuple[Path, Path], first: Path, tmp_path: Path) -> None:
