@@ -87,9 +87,10 @@ def show_results(run: Run, terminal: Terminal) -> None:
 
 def _check_files(recipe: Recipe) -> None:
     """Refuse missing data files before anything is written; what is on the Hub is looked for when it is fetched."""
-    for task in recipe.tasks:
+    for task in recipe.sources:
+        section = "anchors" if task in recipe.anchors else "stream"
         for key in PATHS:
-            source, field = getattr(task, key), f"stream.{task.name}.{key}"
+            source, field = getattr(task, key), f"{section}.{task.name}.{key}"
             if task.data is not None or not isinstance(source, str) or is_function(source):
                 continue
             if not Path(source).is_absolute():
@@ -124,9 +125,11 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
 def _pin_data(recipe: Recipe, run_dir: Path) -> None:
     """Name the commit of every dataset on the Hub, so that a run keeps to the data that it began with."""
-    before = {task.get("name"): task.get("data") for task in tasks_of((_recipe_before(run_dir) or {}).get("stream"))}
+    recipe_before = _recipe_before(run_dir) or {}
+    tasks_before = (*tasks_of(recipe_before.get("stream")), *tasks_of(recipe_before.get("anchors")))
+    before = {task.get("name"): task.get("data") for task in tasks_before}
     pinned: dict[str, str] = {}
-    for task in recipe.tasks:
+    for task in recipe.sources:
         if task.data is None:
             continue
         earlier = before.get(task.name)

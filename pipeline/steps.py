@@ -41,7 +41,7 @@ class Run:
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
-        return [self.settings(), *map(self.prepare, self.recipe.tasks), self.base(), self.check()]
+        return [self.settings(), *map(self.prepare, self.recipe.sources), self.base(), self.check()]
 
     def training(self) -> list[Step]:
         """The stages 1…K."""
@@ -92,8 +92,9 @@ class Run:
         return Step("settings", "check settings", self._marker("settings"), lambda: True, inputs, work)
 
     def prepare(self, task: TaskConfig) -> Step:
-        """The samples of a task, in the cache."""
+        """The samples of a task, or of a set of anchors, in the cache."""
         recipe, marker = self.recipe, self._marker(f"prepare-{task.name}")
+        asd = None if task in recipe.anchors else recipe.asd
 
         def there() -> bool:
             return (Path(read_json(marker)["folder"]) / "task.json").is_file()
@@ -102,13 +103,13 @@ class Run:
             return {
                 "task": task.model_dump(exclude={"overrides"}),
                 "prepare": recipe.prepare.model_dump(),
-                "asd": recipe.asd.identity() | {"seed": recipe.seed} if recipe.asd else None,
+                "asd": asd.identity() | {"seed": recipe.seed} if asd else None,
             }
 
         def work(show: Show, lock: int) -> Facts:
             home, cache = Path(recipe.folder), cache_dir()
             folder = prepare_task(
-                task, recipe.prepare, seed=recipe.seed, asd=recipe.asd, base_dir=home, cache=cache, show=show
+                task, recipe.prepare, seed=recipe.seed, asd=asd, base_dir=home, cache=cache, show=show
             )
             return {"folder": str(folder)}
 
@@ -141,14 +142,14 @@ class Run:
 
     def check(self) -> Step:
         """What would make training or scoring fail later is found here; then RUN/data/<task> is linked."""
-        recipe, prepared, base = self.recipe, [self.prepare(task) for task in self.recipe.tasks], self.base()
-        pairs = list(zip(recipe.tasks, prepared, strict=True))
+        recipe, prepared, base = self.recipe, [self.prepare(task) for task in self.recipe.sources], self.base()
+        pairs = list(zip(recipe.sources, prepared, strict=True))
 
         def folder_of(step: Step) -> Path:
             return Path(read_json(step.marker)["folder"])
 
         def there() -> bool:
-            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.tasks)
+            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.sources)
 
         def inputs() -> Facts | None:
             row0, *markers = [step.done() for step in (base, *prepared)]
@@ -159,7 +160,7 @@ class Run:
                 "processor": recipe.base_model.processor,
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
-                "limits": {task.name: recipe.max_length(task.name) for task in recipe.tasks},
+                "limits": {task.name: recipe.max_length(task.name) for task in recipe.sources},
                 "max_model_len": recipe.eval.max_model_len,
                 "scorers": {task.name: scorers_of(read_task(folder_of(step))) for task, step in pairs},
             }
@@ -203,6 +204,7 @@ class Run:
                 return None
             row0 = read_serving(self.stage_dir(0))
             tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
+            anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
             other = "rft" if stage.train.paradigm == "sft" else "sft"
             return {
                 "stage": stage.k,
@@ -211,6 +213,7 @@ class Run:
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
                 "data": {name: task["train_hash"] for name, task in tasks.items()},
+                **({"anchors": anchors} if anchors else {}),
                 **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],

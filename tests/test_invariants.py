@@ -7,7 +7,7 @@ representative of each, `make test-all` the product.
 import json
 import pickle
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.recipe import ModulesConfig, load_recipe
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
-SETTINGS: dict[str, dict[str, Any]] = {"reglora": {"weight": 100}}
+SETTINGS: dict[str, dict[str, Any]] = {"reglora": {"weight": 100}, "gere": {"per_batch": 3, "weight": 1}}
 
 RECIPE = """
 train:
@@ -84,6 +84,13 @@ every_way = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The run folder with the data, and the recipe."""
@@ -92,7 +99,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for sample in samples["colour"][::2]:
         colour = COLOURS.index(sample["references"][0])
         sample["completion"] = [{"role": "assistant", "content": COLOURS[colour - 1]}]
-    return run, make_run(run, samples, RECIPE)
+    anchors = {"pictures": make_samples("pictures", 5), "sentences": uneven("sentences", 6, 0)}
+    return run, make_run(run, samples, RECIPE, anchors=anchors)
 
 
 @pytest.fixture(scope="module")

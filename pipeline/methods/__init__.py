@@ -11,6 +11,7 @@ from mcit.data_prep.errors import InputError
 
 from .asd import Asd
 from .base import Method, StepView
+from .gere import Gere
 from .reglora import RegLora
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
 
-METHODS: dict[str, type[Method]] = {"asd": Asd, "reglora": RegLora}
+METHODS: dict[str, type[Method]] = {"asd": Asd, "gere": Gere, "reglora": RegLora}
 
 # Names that stand for several methods with the settings of one paper.
 EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
