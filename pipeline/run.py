@@ -44,7 +44,7 @@ def take_up(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -
 def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | None:
     """Check what can be checked, and pin in `recipe` what comes from the Hub; writes nothing.
 
-    Returns the recipe that the directory holds so far. Raises `InputError`, also where a run would be mixed with a sweep.
+    Returns the recipe that the directory holds so far. Raises `InputError`, also where a run and a sweep would mix.
     """
     before = _recipe_before(run_dir)
     if before and bool(before.get("sweep")) != bool(recipe.sweep):

@@ -1,6 +1,6 @@
 """Submitting what is left of a run, or of the runs of a sweep, as SLURM jobs that depend on each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,25 +88,33 @@ def plan_submissions(
     queued: Mapping[str, Mapping[str, str]],
     arrays: bool,
 ) -> list[Submission]:
-    """What to submit, in order, of runs that all have the same jobs; one run, or `arrays` over several.
+    """What to submit, in order, of one run, or as `arrays` of several.
 
     `left` and `queued` (job → id) are by run. Runs whose job waits for the same submissions share an array; a job that
     is queued already belongs to one run, and so does what waits for it.
     """
     plan: list[Submission] = []
     made: dict[tuple[str, str], Submission] = {}
-    for same in zip(*jobs.values(), strict=True):
+    by_name = {run: {job.name: job for job in each} for run, each in jobs.items()}
+    for name in _in_order(jobs.values()):
         together: dict[tuple[Submission | str, ...], Submission] = {}
-        for place, (run, job) in enumerate(zip(jobs, same, strict=True)):
-            if job.name not in left[run] or job.name in queued[run]:
+        for place, (run, own) in enumerate(by_name.items()):
+            if name not in left[run] or name in queued[run]:
                 continue
-            before = [name for name in job.after if name in left[run]]
-            after = tuple(made[run, name] if (run, name) in made else queued[run][name] for name in before)
-            submission = together.setdefault(after, Submission(job, after, is_array=arrays))
+            before = [other for other in own[name].after if other in left[run]]
+            after = tuple(made[run, other] if (run, other) in made else queued[run][other] for other in before)
+            submission = together.setdefault(after, Submission(own[name], after, is_array=arrays))
             submission.runs[place] = run
-            made[run, job.name] = submission
+            made[run, name] = submission
         plan += together.values()
     return plan
+
+
+def _in_order(jobs: Iterable[Sequence[Job]]) -> list[str]:
+    """The names of the jobs of several runs, each after what it needs. An order of the tasks can have fewer stages."""
+    longest_first = sorted(jobs, key=len, reverse=True)
+    names = dict.fromkeys(job.name for each in longest_first for job in each)
+    return sorted(names, key=lambda name: name == "report")
 
 
 def _queued(recipe: Recipe, directory: Path, site: Site) -> dict[str, dict[str, str]]:

@@ -92,8 +92,9 @@ def wait_for(condition: Callable[[], object], seconds: float) -> None:
 @contextmanager
 def _daemon(folder: Path, *command: str) -> Iterator[None]:
     env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    orphaned = ["setpriv", "--pdeathsig", "TERM"]  # it ends with this process, whatever ends that
     with open(folder / "daemons.log", "ab") as log:
-        daemon = subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        daemon = subprocess.Popen([*orphaned, *command], env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mcit.data_prep.errors import InputError
+from mcit.pipeline import cli
 from mcit.pipeline.layers import RECIPES
 from mcit.pipeline.recipe import load_recipe
 from mcit.pipeline.step import Launch
@@ -223,6 +224,23 @@ def test_several_runs_are_arrays_each_member_after_its_own():
     ]
 
 
+def test_runs_with_fewer_stages_share_what_they_can(run):
+    one_stage = [job for job in jobs_of(run, []) if job.name in ("prepare", "train-1", "eval-1")]
+    last = dataclasses.replace(jobs_of(run, [])[-1], after=("eval-1",))
+    jobs = {"short": [*one_stage, last], "long": jobs_of(run, [])}
+    left = {name: {job.name for job in each} for name, each in jobs.items()}
+    made = plan_submissions(jobs, left, {"short": {}, "long": {}}, True)
+    assert [(each.job.name, list(each.runs)) for each in made] == [
+        ("prepare", [0, 1]),
+        ("train-1", [0, 1]),
+        ("eval-1", [0, 1]),
+        ("train-2", [1]),
+        ("eval-2", [1]),
+        ("report", [0]),
+        ("report", [1]),
+    ]
+
+
 def test_the_results_of_a_sweep_wait_for_all_its_runs():
     report = Submission(Job("report", "report", "", "", (), ()), (), {0: "a", 1: "b"}, is_array=True, id="7")
     assert Submission(sweep_job(), (report, "3_2")).options == ["--dependency=afterok:7,afterok:3_2"]
@@ -266,6 +284,40 @@ def test_a_job_that_never_started_names_the_one_that_failed(tmp_path, monkeypatc
 
 def test_a_job_that_slurm_has_forgotten_has_no_state(tmp_path, monkeypatch):
     assert notes(tmp_path, monkeypatch) == ({"a": "", "b": "", "c": ""}, "")
+
+
+def test_what_slurm_and_accounting_say(tmp_path, monkeypatch):
+    """Their commands in the forms that they print: SLURM itself is in test_slurm_cluster.py, accounting is not."""
+    said = {
+        "squeue": "1|RUNNING|None\n2_0|PENDING|Dependency\n9|PENDING|None",
+        "sacct": "3|CANCELLED by 1000\n4|COMPLETED",
+    }
+    for name, text in said.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{text}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert cluster.states(["1", "2_0", "3", "4", "5"]) == {
+        "1": JobState("RUNNING"),
+        "2_0": JobState("PENDING", "Dependency"),
+        "3": JobState("CANCELLED"),
+        "4": JobState("COMPLETED"),
+    }
+    (tmp_path / "sacct").write_text("#!/bin/sh\necho Slurm accounting storage is disabled >&2\nexit 1")
+    assert cluster.states(["1", "3"]) == {"1": JobState("RUNNING")}
+
+
+def test_without_slurm_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for arguments, line in (
+        (["submit", "mini/sequential"], "sbatch: no such command here. Use a machine that submits to a SLURM cluster"),
+        (["cancel", "nowhere"], "nowhere: has no SLURM jobs"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["mcit", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        assert end.value.code == 2 and capsys.readouterr().err.startswith(f"error: {line}")
+    assert not any(tmp_path.iterdir())
 
 
 def test_jobs_can_be_looked_at_without_slurm(tmp_path, monkeypatch):
