@@ -50,7 +50,10 @@ SlurmdParameters=config_overrides
 ReturnToService=1
 NodeName=one NodeHostname=localhost NodeAddr=127.0.0.1 Port={one} CPUs=4 Gres=gpu:2
 NodeName=two NodeHostname=localhost NodeAddr=127.0.0.1 Port={two} CPUs=4 Gres=gpu:2
-PartitionName=work Nodes=ALL Default=YES MaxTime=60
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=work Nodes=ALL Default=YES MaxTime=60 PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=2
 """
 
 

@@ -257,6 +257,28 @@ def test_a_job_that_reaches_its_time_limit_goes_on(folder, mcit):
     assert job_field("run", "train-1", "Restarts") == "1"
 
 
+def test_a_node_that_fails_alone_is_no_reason_to_queue_again(folder, mcit):
+    """srun stops the others then, which say what a job says that was asked to stop."""
+    Path("run/train-1.sh").write_text('[ "$SLURM_NODEID" = 0 ] || exit 1\n' + UNTIL_ASKED)
+    stand_in(mcit, "--nodes", "2")
+    wait_until({"train-1": "FAILED", "report": "CANCELLED"})
+    log = Path(read_submitted(Path("run"))["train-1"]["log"]).read_text()
+    assert "Exited with exit code 75" in log and "queued again" not in log
+
+
+def test_a_job_makes_room_and_goes_on(folder, mcit):
+    """Preemption: SLURM asks with TERM, and waits for as long as the partition's grace time."""
+    Path("run/train-1.sh").write_text(UNTIL_ASKED)
+    Path("stand-in.yaml").write_text(Path("stand-in.yaml").read_text() + "sbatch: {exclusive: true}\n")
+    stand_in(mcit, "--nodes", "2")
+    wait_for(lambda: "works" in seen(), 60)
+    urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
+    subprocess.run([*urgent, "--wrap", f"date >> {folder}/urgent"], check=True)
+    wait_until_all("COMPLETED")
+    assert "asked to stop: queued again" in Path(read_submitted(Path("run"))["train-1"]["log"]).read_text()
+    assert Path("urgent").exists() and job_field("run", "train-1", "Restarts") == "1"
+
+
 @pytest.mark.parametrize("event", ["drain", "down"])
 def test_a_node_goes_in_the_middle(folder, mcit, event):
     """A node that is drained finishes its job and gets no other; one that is lost has its job done elsewhere."""
