@@ -4,6 +4,7 @@ A step is done when its marker, written last, holds the fingerprint of what it d
 resolved recipe, the data it trains on, and the policy and method state it enters with; hardware is no part of it.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -35,9 +36,10 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path, launch: Launch):
         self.recipe, self.dir, self.launch = recipe, directory, launch
 
-    def steps(self) -> list[Step]:
-        """All steps in order."""
-        return [*self.preparation(), *self.training(), self.evaluate(), self.results(), self.report()]
+    def steps(self, rows: Iterable[int] = ()) -> list[Step]:
+        """All steps in order; the stages `rows` are evaluated by themselves before what is left of them is."""
+        alone = [self.evaluate(row=k) for k in rows]
+        return [*self.preparation(), *self.training(), *alone, self.evaluate(), self.results(), self.report()]
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
@@ -51,7 +53,7 @@ class Run:
         """Do a step under its lock unless it is done; returns its marker and whether there was anything to do."""
         if not step.again and (marker := step.done()):
             return marker, False
-        with locked(self.lock(step), f"{step.title} of {self.dir}") as lock:
+        with self._locked(step) as lock:
             before = step.done()
             if before and not step.again:  # another process did it meanwhile
                 return before, False
@@ -226,11 +228,7 @@ class Run:
             for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
                 if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
-            script = Path(__file__).parent / f"{stage.train.paradigm}.py"
-            settled = self.dir / "steps" / f"train-{stage.k}.yaml"  # RUN/recipe.yaml may be another's by now
-            write_recipe(recipe, settled)
-            options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
-            self._child(step, [*self.launch.command(script), *map(str, options)], show, lock)
+            self._train(stage, step.file_name, show, lock)
             state = [path for path in (folder / "method").rglob("*") if path.is_file()]
             return {
                 "policy": read_serving(folder).hash,
@@ -242,14 +240,34 @@ class Run:
         step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work, extras=("during",))
         return step
 
-    def evaluate(self, partly: bool = False) -> Step:
-        """All cells that are needed (`partly`: of the stages that are done), in one process."""
+    def assist(self, stage: Stage, show: Show) -> None:
+        """This node's processes of a stage that node 0 trains: it holds the lock and writes what comes of it."""
+        if not self.train(stage).done():
+            self._train(stage, f"train-{stage.k}-node-{self.launch.rank}", show)
+
+    def _train(self, stage: Stage, name: str, show: Show, *locks: int) -> None:
+        """Start a stage's script on this node."""
+        script = Path(__file__).parent / f"{stage.train.paradigm}.py"
+        settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
+        write_recipe(self.recipe, settled)
+        options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
+        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks)
+
+    def rows(self) -> list[int]:
+        """The stages of which something is evaluated, 0 being the base."""
+        wanted = needed_cells(self.recipe.eval.cells, len(self.recipe.stages), self.recipe.learned)
+        return sorted({k for k, _ in wanted})
+
+    def evaluate(self, partly: bool = False, row: int | None = None) -> Step:
+        """All cells that are needed (`partly`: of the stages that are done; or of one, `row`), in one process."""
         config, training = self.recipe.eval, self.training()
+        name = "evaluate" if row is None else f"evaluate/{row}"
 
         def cells() -> list[tuple[int, str]] | None:
             done = [k for k, step in enumerate([self.check(), *training]) if step.done()]
             wanted = needed_cells(config.cells, len(training), self.recipe.learned)
-            return [cell for cell in wanted if cell[0] in done] if partly or len(done) > len(training) else None
+            wanted = [cell for cell in wanted if row in (None, cell[0])]
+            return [cell for cell in wanted if cell[0] in done] if partly or {k for k, _ in wanted} <= {*done} else None
 
         def left(wanted: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
             return [cell for cell in wanted if not load_cell(self.dir, *cell, config).is_done()]
@@ -274,15 +292,19 @@ class Run:
                 show(line)
 
             if todo := left(wanted):
-                file = self.dir / "steps" / "cells.json"
+                file = self.dir / "steps" / f"{step.file_name}-cells.json"
                 modules = [self.recipe.folder, os.getcwd()]  # where scorers of the user's own are
                 write_json(file, {"cells": todo, "config": config.model_dump(), "modules": modules})
                 command = [sys.executable, "-P", "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
-                self._child(step, command, listen, lock)
+                with contextlib.ExitStack() as stack:
+                    others = [self.evaluate(row=k) for k in sorted({k for k, _ in todo}) if row is None]
+                    locks = [stack.enter_context(self._locked(other)) for other in others]
+                    self._child(step.file_name, command, listen, lock, *locks)
             engines = {str(read_json(load_cell(self.dir, *cell, config).marker)["engine"]) for cell in wanted}
             return {"answered": len(todo), "engines": sorted(engines), "notes": notes}
 
-        step = Step("evaluate", "evaluate", self._marker("evaluate"), lambda: not left(cells() or []), inputs, work)
+        title, marker = name.replace("/", " stage "), self._marker(name.replace("/", "-"))
+        step = Step(name, title, marker, lambda: not left(cells() or []), inputs, work)
         return step
 
     def results(self) -> Step:
@@ -334,11 +356,14 @@ class Run:
     def _marker(self, name: str) -> Path:
         return self.dir / "steps" / f"{name}.json"
 
-    def _child(self, step: Step, command: list[str], show: Show, lock: int) -> None:
+    def _locked(self, step: Step) -> contextlib.AbstractContextManager[int]:
+        return locked(self.lock(step), f"{step.title} of {self.dir}")
+
+    def _child(self, name: str, command: list[str], show: Show, *locks: int) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
         # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
         usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         usual |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)
+        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks)

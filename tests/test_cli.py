@@ -22,6 +22,8 @@ COMMANDS = [
     "train",
     "eval",
     "report",
+    "submit",
+    "cancel",
     "status",
     "methods",
     "doctor",

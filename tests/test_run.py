@@ -152,7 +152,7 @@ def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
 
 def test_launchers(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("mcit.pipeline.step.cores", lambda: 8)
     zero2 = ["--config_file", str(RECIPES / "accelerate" / "zero2.yaml"), "--num_processes", "4"]
     command = Launch.named("zero2", 4).command(Path("sft.py"))
     assert command[3:] == [*zero2, "--num_cpu_threads_per_process", "2", "sft.py"]
