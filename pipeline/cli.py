@@ -218,7 +218,7 @@ def submit(
     from .terminal import Terminal
 
     options = {"partition": partition, "account": account, "time": time}
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     site = Site(read_profile(profile), given, nodes, gpus_per_node, launch)
     swept = [*(overrides or ()), *([f"sweep.seed=[{seeds}]"] if seeds else ())]
     loaded, directory, _ = _found(recipe, swept, with_method, run_dir, "single", None)
