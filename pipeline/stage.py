@@ -177,6 +177,7 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     if untrained.fingerprint == trained:
         raise RuntimeError(f"stage {k}: training changed no weight")
 
+    size = sum(parameter.numel() for parameter in _trained(tuned).values())
     if carrier:
         save = partial(_save_merged, carrier, tuned, processor)
     else:
@@ -195,7 +196,7 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
             "samples": len(samples),
             "processes": trainer.accelerator.num_processes,
             "mode": mode,
-            "trained_parameters": sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+            "trained_parameters": size,
             "peak_memory_bytes": _peak_memory(),
         }
         write_json(output / "trained.json", summary)
@@ -243,9 +244,10 @@ def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _idle(model: Any) -> list[torch.nn.Parameter]:
+def _idle(model: PeftModel | torch.nn.Module) -> list[torch.nn.Parameter]:
     """The trained parameters that a batch may do without: LoRA on projector and vision tower; experts nobody chose."""
-    inside = set(model.get_base_model().get_decoder().parameters()) if isinstance(model, PeftModel) else set()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+    inside = set(base.get_decoder().parameters()) if base else set()
     return [parameter for parameter in _trained(model).values() if parameter not in inside]
 
 

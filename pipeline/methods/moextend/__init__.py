@@ -1,4 +1,4 @@
-"""MoExtend (arXiv 2408.03511): each task gets experts of its own beside those of a mixture, and nothing else is trained.
+"""MoExtend (arXiv 2408.03511): each task gets experts of its own, beside those of a mixture, and only they are trained.
 
 Every layer gets `experts` of them: copies of the experts that the task's tokens go to most, with their router rows. All
 that is old is frozen, and a token that goes to no new expert is computed as before. docs/methods.md says what differs
@@ -73,13 +73,13 @@ class MoExtend(Method):
         self.stage, self.samples = stage, samples
         return samples
 
-    def enter(self, model: "PreTrainedModel", state: dict[str, Tensor], collator: "Collator") -> "PreTrainedModel":
+    def enter(self, model: Any, state: dict[str, Tensor], collator: "Collator") -> Any:
         self.loaded = copy.deepcopy((model.config, model.generation_config))  # trainers write into them
         self.blocks = blocks_of(model, self.config.layers)
         self.state = state if self.stage.train.lineage == "stack" else {}
         _restore(self.blocks, self.state)
         if torch.cuda.is_available():
-            model.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))))
+            model.cuda(int(os.environ.get("LOCAL_RANK", "0")))
         used, self.layers = self._usage(model, collator)
         self.sources = {
             layer: (most_used if layer in self.layers else least_used)(shares, self.config.experts)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-NOISE = 0.02  # of a new row, relative to a router's rows: ours. Where they are zero, absolute, as routers are initialised
+NOISE = (
+    0.02  # of a new row, relative to a router's rows: ours. Where they are zero, absolute, as routers are initialised
+)
 
 
 class Added(NamedTuple):
@@ -46,7 +48,7 @@ class ExtendedExperts(nn.Module):
     def __init__(self, experts: nn.Module, added: Added):
         super().__init__()
         self.experts: Any = experts
-        config = copy.copy(self.experts.config)
+        config: Any = copy.copy(self.experts.config)
         config.num_local_experts = len(added.rows)
         with torch.device("meta"):
             self.new: Any = type(experts)(config)
@@ -57,8 +59,8 @@ class ExtendedExperts(nn.Module):
         """Tokens [T, H], the experts of each [T, k] and their weights [T, k] → [T, H]."""
         first = self.experts.num_experts
         added = index >= first
-        # The kernels take the index after the last one for no expert. The plain loop knows no such index; of any expert,
-        # a weight of zero makes none.
+        # The kernels take the index after the last one for no expert. The plain loop knows no such index, and there a
+        # weight of zero makes none of any expert.
         nowhere = 0 if self.experts.config._experts_implementation == "eager" else first
         result = self.experts(hidden_states, index.masked_fill(added, nowhere), weights.masked_fill(added, 0))
         token, place = added.nonzero(as_tuple=True)

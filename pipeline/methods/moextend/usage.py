@@ -62,7 +62,7 @@ def most_shifted(shifts: Mapping[int, float], share: float) -> list[int]:
 
 
 def most_used(used: Tensor, k: int) -> list[int]:
-    """The `k` experts used most, from the first again where there are fewer; of equals the first. `used` is [experts]."""
+    """The `k` experts used most, [experts], of equals the first; where there are fewer, from the start again."""
     ranked = used.argsort(descending=True, stable=True).tolist()
     return list(islice(cycle(ranked), k))
 
