@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 
 import mcit.recipes
 from mcit.data_prep.files import write_json
-from mcit.data_prep.images import map_images
+from mcit.data_prep.image_files import map_images
 from mcit.data_prep.verify.pictures import look_at
 
 MCIT = "from mcit.pipeline.cli import main; main()"

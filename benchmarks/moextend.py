@@ -2,8 +2,8 @@
 
     python benchmarks/moextend.py
 
-Builds each model in full, without weights, and adds experts to it as a stage does; the sizes are those of the parameters
-that are there. Prints a table, and writes `benchmarks/moextend.json`.
+Builds each model in full, without weights, and adds experts to it as a stage does; the sizes are those of the
+parameters that are there. Prints a table, and writes `benchmarks/moextend.json`.
 """
 
 from collections.abc import Iterator
@@ -73,13 +73,14 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    print("| model | new experts | layers | trained | weights, frozen | trained in all | kept a stage | merged |")
+    print("GiB:")
+    print("| model | new experts | layers | trained | frozen weights | trained, in all | kept a stage | merged |")
     print("|---|---|---|---|---|---|---|---|")
     table = list(rows())
     for row in table:
         print(
-            f"| {row['model']} | {row['experts']} | {row['layers']} | {row['trained_parameters'] / 1e9:.2f} B "
-            f"| {row['weights_gib']} GiB | {row['training_gib']} GiB | {row['state_gib']} GiB | {row['merged_gib']} GiB |"
+            f"| {row['model']} | {row['experts']} | {row['layers']} | {row['trained_parameters'] / 1e9:.2f} billion "
+            f"| {row['weights_gib']} | {row['training_gib']} | {row['state_gib']} | {row['merged_gib']} |"
         )
     write_json(Path(__file__).with_suffix(".json"), {"rows": table})
 

@@ -84,7 +84,7 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
 
     def _dealt(self, batch: Sequence[int]) -> Iterator[MicroBatch]:
         """A global batch, images first: a kind in as few micro-steps as hold it, the last one in what remain."""
-        kinds = _by_kind(batch, self.has_images)
+        kinds = by_kind(batch, self.has_images)
         left = self.micro_steps
         for kind in kinds:
             steps = left if kind is kinds[-1] else -(-len(kind) // self.micro_step_size)
@@ -110,13 +110,13 @@ class GroupSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        batches = sum(-(-len(kind) // self.prompts) for kind in _by_kind(range(len(self.has_images)), self.has_images))
+        batches = sum(-(-len(kind) // self.prompts) for kind in by_kind(range(len(self.has_images)), self.has_images))
         return batches * self.prompts * self.group * self.repeats
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(len(self.has_images), generator=generator).tolist()
-        batches = [batch for kind in _by_kind(order, self.has_images) for batch in _filled(kind, self.prompts)]
+        batches = [batch for kind in by_kind(order, self.has_images) for batch in _filled(kind, self.prompts)]
         for place in torch.randperm(len(batches), generator=generator).tolist():
             for _ in range(self.repeats):
                 for index in batches[place]:
@@ -128,7 +128,7 @@ def check_prompts(has_images: Sequence[bool], prompts: int, stage: str) -> None:
 
     Raises `InputError`.
     """
-    kinds = _by_kind(range(len(has_images)), has_images)
+    kinds = by_kind(range(len(has_images)), has_images)
     smallest: list[int] = min(kinds, key=len, default=[])
     if len(smallest) < prompts:
         which = "" if len(kinds) < 2 else (" with images" if has_images[smallest[0]] else " without images")
@@ -140,7 +140,7 @@ def check_prompts(has_images: Sequence[bool], prompts: int, stage: str) -> None:
         )
 
 
-def _by_kind(indices: Sequence[int], has_images: Sequence[bool]) -> list[list[int]]:
+def by_kind(indices: Sequence[int], has_images: Sequence[bool]) -> list[list[int]]:
     """The indices with images and those without, each kind that occurs."""
     kinds = [[i for i in indices if has_images[i] == kind] for kind in (True, False)]
     return [kind for kind in kinds if kind]

@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +29,15 @@ class Collator:
     else is labelled -100. Nothing is ever truncated.
     """
 
-    def __init__(self, processor: "ProcessorMixin", samples: Sequence[Sample], max_length: int):
+    def __init__(
+        self,
+        processor: "ProcessorMixin",
+        samples: Sequence[Sample],
+        max_length: int,
+        padding_side: Literal["right", "left"] = "right",
+    ):
         self.processor, self.samples, self.max_length = processor, samples, max_length
+        self.padding_side = padding_side
         self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
         # A template may close no assistant turn (LLaVA-1.5's does not): then the end-of-sequence token does.
         turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
@@ -46,7 +53,7 @@ class Collator:
         return batch
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
-        """`input_ids`, `attention_mask`, `labels` [batch, length], padded right, and what the processor adds.
+        """`input_ids`, `attention_mask`, `labels` [batch, length], padded, and what the processor adds.
 
         Image tensors hold the images of the batch in order and are missing where no sample has one.
         Raises `InputError` for a sample that is too long or that the chat template does not render turn by turn.
@@ -65,7 +72,7 @@ class Collator:
                     rows[i] = self._extend(row, pieces[i], samples[i])
         fill = {"input_ids": self.tokenizer.pad_token_id, "labels": IGNORED}
         return {
-            key: pad_sequence([_field(row, key) for row in rows], batch_first=True, padding_value=fill.get(key, 0))
+            key: pad_sequence([_field(row, key) for row in rows], True, fill.get(key, 0), self.padding_side)
             for key in sorted({key for row in rows for key in row})
         } | images
 

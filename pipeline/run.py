@@ -13,6 +13,7 @@ from mcit.data_prep.readers import is_function, source_files
 from mcit.eval.hashing import hub_commit
 from mcit.eval.results import read_results
 
+from .arguments import split_batch
 from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
@@ -24,19 +25,30 @@ from .terminal import Terminal
 
 
 def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> Run:
-    """Make or take up a run directory: the base model's revision is pinned, recipe and environment are written."""
+    """Make or take up the directory of a run. Raises `InputError`."""
+    take_up(recipe, run_dir, launch, terminal)
+    return Run(recipe, run_dir.resolve(), launch)
+
+
+def take_up(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> None:
+    """Check what can be checked, pin what comes from the Hub (in `recipe`, too), and write the recipe.
+
+    Raises `InputError`, also where a run would be mixed with a sweep.
+    """
+    before = _recipe_before(run_dir)
+    if before and bool(before.get("sweep")) != bool(recipe.sweep):
+        kinds = ("a sweep", "a run of its own") if recipe.sweep is None else ("a run of its own", "a sweep")
+        raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
     _check_files(recipe)
     _check_batches(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
-    run, before = Run(recipe, run_dir.resolve(), launch), _recipe_before(run_dir)
     if before and before.get("name") != recipe.name:
         terminal.say(
             f"{run_dir} was made by the recipe {before.get('name')}: what fits {recipe.name} is kept", "yellow"
         )
     if before != dump_recipe(recipe):
-        write_recipe(recipe, run.dir / "recipe.yaml")
-    return run
+        write_recipe(recipe, run_dir.resolve() / "recipe.yaml")
 
 
 def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
@@ -97,8 +109,6 @@ def _check_batches(recipe: Recipe, launch: Launch) -> None:
         args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
         per_device = args.get("per_device_train_batch_size")
         if per_device or launch.processes > 1:
-            from .arguments import split_batch  # here: needs torch
-
             split_batch(stage.train.global_batch_size, launch.processes, per_device)
 
 
@@ -140,8 +150,9 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         counts = ", ".join(f"{count} {part}" for part, count in task["counts"].items() if count)
         return [f"{counts}; {task['style']}, scored by {task['scorer']}", *task["notes"]]
     if step.name.startswith("train/"):
-        trained = marker["trained"]
-        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}"]
+        trained, during = marker["trained"], marker["trained"].get("during")
+        asked = f", {during['seconds']:.1f} s of it for {during['evaluations']} evaluations" if during else ""
+        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
     if step.name == "evaluate":

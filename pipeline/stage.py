@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.prepare import image_path, read_samples, read_task
+from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, read_serving, write_serving
@@ -32,11 +32,13 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 from .adapters import Adapter, hash_adapter, rank, save_adapter
 from .arguments import check_stage, processes
 from .collator import Collator
+from .during import During, choose_probes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .schedule import trained_in
-from .trainer import FiniteLoss, ReallyDistributed
+from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from .zero3 import keep_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -60,7 +62,7 @@ class Entered:
 
 
 MakeTrainer = Callable[[Entered], "Trainer"]
-DISTRIBUTED = ("single", "ddp", "zero2")  # what stages run under
+DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
 # Parameters below which threads wait for each other longer than they work: 63 steps of the embedded model take 12 s
 # with one thread and, on two cores, 14 to 27 with two.
 _TINY = 10_000_000
@@ -133,7 +135,12 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         sample
         for name, task in tasks.items()
         for sample in trained_in(
-            _samples(run_dir / "data" / name, task), k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed
+            _samples(run_dir / "data" / name, task, "train"),
+            k,
+            recipe.homes(name),
+            len(recipe.stages),
+            recipe.blur,
+            recipe.seed,
         )
     ]
     for method in methods:
@@ -160,24 +167,31 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         recipe, stage, seed, tuned, processor, samples, tasks, max_length, previous, output, [*callbacks, FiniteLoss()]
     )
     trainer = make_trainer(entered)
-    trainer.methods, trainer.idle = methods, _idle(tuned)  # type: ignore[attr-defined]
+    trainer.methods, trainer.idle = methods, idle_parameters(tuned)  # type: ignore[attr-defined]
     mode = _mode(trainer)
     if mode not in DISTRIBUTED:
         raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
     for method in methods:
         if mode not in method.distributed:
             raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
+    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
+        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
+    if mode == "zero3":
+        keep_whole(trainer, list(trained_parameters(tuned).values()))
     trainer.add_callback(ReallyDistributed(trainer))
     trainer.add_callback(untrained := Untrained(tuned))
+    during = _during(entered, trainer, run_dir, context) if recipe.eval.during else None
+    if during:
+        trainer.add_callback(during)
 
     trainer.train()
-    trained = _fingerprint(tuned)
+    trained = fingerprint(tuned)
     if not all(math.isfinite(value) for value in trained.values()):
         raise RuntimeError(f"stage {k}: training ended with weights that are not finite")
     if untrained.fingerprint == trained:
         raise RuntimeError(f"stage {k}: training changed no weight")
 
-    size = sum(parameter.numel() for parameter in _trained(tuned).values())
+    size = sum(parameter.numel() for parameter in trained_parameters(tuned).values())
     if carrier:
         save = partial(_save_merged, carrier, tuned, processor)
     else:
@@ -199,6 +213,9 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
             "trained_parameters": size,
             "peak_memory_bytes": _peak_memory(),
         }
+        if during:
+            during.write(output)
+            summary["during"] = during.summary()
         write_json(output / "trained.json", summary)
         replace_folder(output, stages / stage.folder)
     trainer.accelerator.wait_for_everyone()
@@ -232,23 +249,23 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _samples(folder: Path, task: PreparedTask) -> list[Sample]:
+def _samples(folder: Path, task: PreparedTask, part: Part) -> list[Sample]:
     folder = folder.resolve()
     return [
         {**sample, "images": [str(image_path(folder, task, image)) for image in sample["images"]]}
-        for sample in read_samples(folder, "train")
+        for sample in read_samples(folder, part)
     ]
 
 
-def _trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _idle(model: PeftModel | torch.nn.Module) -> list[torch.nn.Parameter]:
-    """The trained parameters that a batch may do without: LoRA on projector and vision tower; experts nobody chose."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    inside = set(base.get_decoder().parameters()) if base else set()
-    return [parameter for parameter in _trained(model).values() if parameter not in inside]
+def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -> During:
+    """What is asked while the stage trains: every task learned by its end, in the order of the matrix's columns."""
+    recipe, config = entered.recipe, entered.recipe.eval.during
+    assert config is not None
+    folders = {task: run_dir / "data" / task for task, first in recipe.learned.items() if first <= entered.stage.k}
+    tasks = {task: read_task(folder) for task, folder in folders.items()}
+    probes = {task: choose_probes(_samples(folders[task], tasks[task], "test"), config.probes) for task in tasks}
+    collator = Collator(entered.processor, [], context, padding_side="left")
+    return During(trainer, config, tasks, probes, collator)
 
 
 def _save_adapters(policy: Adapter, delta: Adapter, before: Serving, folder: Path) -> dict[str, Any]:
@@ -290,21 +307,6 @@ def _mode(trainer: "Trainer") -> str:
     if plugin is not None:
         return f"zero{max(plugin.zero_stage, 2)}"
     return "ddp" if trainer.accelerator.num_processes > 1 else "single"
-
-
-def _fingerprint(model: torch.nn.Module) -> dict[str, float]:
-    """A number for each trained parameter that changes when the parameter does."""
-    return {name: parameter.detach().double().square().sum().item() for name, parameter in _trained(model).items()}
-
-
-class Untrained(TrainerCallback):
-    """The model's fingerprint as training begins (DeepSpeed has rounded what it trains by then)."""
-
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.fingerprint = model, dict[str, float]()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.fingerprint = _fingerprint(self.model)
 
 
 def _peak_memory() -> int:

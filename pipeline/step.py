@@ -10,7 +10,8 @@ from typing import Any
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, read_text
 
-from .layers import RECIPES, nearest, parse_yaml
+from .layers import RECIPES, nearest
+from .recipe_yaml import parse_yaml
 
 Facts = dict[str, Any]
 Show = Callable[[str], None]
@@ -57,6 +58,7 @@ class Step:
     inputs: Callable[[], Facts | None]  # what it depends on; None as long as a step before it is not done
     work: Callable[[Show, int], Facts]  # gets (show a line of progress, the lock's descriptor), returns marker facts
     again: bool = False  # the work itself sees whether anything changed: it is always done, and kept if facts agree
+    extras: tuple[str, ...] = ()  # inputs that only add something: no reason to redo what has it once it is not wanted
 
     @property
     def file_name(self) -> str:
@@ -65,17 +67,24 @@ class Step:
 
     def done(self) -> Facts | None:
         """The marker, if it belongs to the inputs as they are now."""
-        marker, inputs = self._marker(), self.inputs()
+        marker, inputs = self._compared()
         current = marker is not None and inputs is not None and marker["fingerprint"] == hash_json(inputs)
         return marker if current and self.there() else None
 
     def changed(self) -> list[str]:
         """The dotted keys in which the inputs differ from those that the step was done with before."""
-        marker, inputs = self._marker(), self.inputs()
+        marker, inputs = self._compared()
         if marker is None or inputs is None:
             return []
         before, now = dict(_flatten(marker["inputs"])), dict(_flatten(inputs))
         return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+
+    def _compared(self) -> tuple[Facts | None, Facts | None]:
+        """The marker, and the inputs with what was added before, if that is not wanted any more."""
+        marker, inputs = self._marker(), self.inputs()
+        if marker is None or inputs is None:
+            return marker, inputs
+        return marker, {key: marker["inputs"][key] for key in self.extras if key in marker["inputs"]} | inputs
 
     def _marker(self) -> Facts | None:
         return read_json(self.marker) if self.marker.exists() else None

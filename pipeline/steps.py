@@ -193,7 +193,8 @@ class Run:
 
     def train(self, stage: Stage) -> Step:
         """One tuning step, in a process (or several) of its own."""
-        recipe, folder = self.recipe, self.stage_dir(stage.k)
+        recipe, folder, during = self.recipe, self.stage_dir(stage.k), self.recipe.eval.during
+        seen = [name for name, first in recipe.learned.items() if first <= stage.k]
         before = self.train(recipe.stages[stage.k - 2]) if stage.k > 1 else self.check()
 
         def inputs() -> Facts | None:
@@ -214,6 +215,8 @@ class Run:
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
+                # Part of what a stage makes, since nobody can look into its training afterwards.
+                **({"during": during.model_dump() | {"test": self._test_hashes(seen)}} if during else {}),
             }
 
         def work(show: Show, lock: int) -> Facts:
@@ -233,7 +236,7 @@ class Run:
             }
 
         title, there = f"train stage {stage.k}/{len(recipe.stages)} {stage.name}", (folder / "serving.json").exists
-        step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work)
+        step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work, extras=("during",))
         return step
 
     def evaluate(self, partly: bool = False) -> Step:
@@ -254,9 +257,9 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(),
+                "config": config.model_dump(exclude={"during"}),
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
-                "data": {task: self.task(task)["test_hash"] for _, task in wanted},
+                "data": self._test_hashes(task for _, task in wanted),
             }
 
         def work(show: Show, lock: int) -> Facts:
@@ -321,6 +324,9 @@ class Run:
     def task(self, name: str) -> PreparedTask:
         """What is known of a prepared task."""
         return read_task(self.dir / "data" / name)
+
+    def _test_hashes(self, names: Iterable[str]) -> dict[str, str]:
+        return {name: self.task(name)["test_hash"] for name in names}
 
     def _marker(self, name: str) -> Path:
         return self.dir / "steps" / f"{name}.json"

@@ -83,6 +83,18 @@ class Terminal:
             shares = ", ".join(f"{100 * share:.0f} % {verdict}" for verdict, share in old.items())
             self.say(f"old tasks after the last stage: {shares}")
 
+    def status(self, status: Mapping[str, Any]) -> None:
+        """What is done, running and left: a line a step; of a sweep a line a run."""
+        for name, run in status.get("runs", {}).items():
+            done = sum(step["state"] == "done" for step in run["steps"])
+            line = f"{run['state']:8}{name}  {done} of {len(run['steps'])} steps  {run['seconds']:.1f} s"
+            self.say(line, "" if run["state"] == "done" else "bold")
+        for step in status.get("steps", ()):
+            owner = step["owner"]
+            by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
+            seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
+            self.say(f"{step['state']:8}{step['title']}{seconds}{by}", "" if step["state"] == "done" else "bold")
+
     def compare(self, names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
         """Several runs side by side: a row a metric, a column a run."""
         table = self._table("side by side")

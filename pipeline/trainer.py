@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from .arguments import deepspeed, processes
 from .methods import Method, StepView
+from .zero3 import gather
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 class MethodLoss:
     """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss`.
 
-    `idle` are the trained parameters that a text-only batch leaves out of the graph. They get a gradient of zero then,
-    as they would in any larger batch: data parallel would otherwise fail where a method's term uses them.
+    `idle` are the trained parameters that a batch may leave out of the graph (`idle_parameters`). They get a gradient
+    of zero then, as they would in any larger batch: data parallel would otherwise fail.
     """
 
     methods: Sequence[Method] = ()
@@ -33,6 +35,7 @@ class MethodLoss:
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
         if not self.model.training:  # type: ignore[attr-defined]
             return loss
+        gather(self.idle)
         for parameter in self.idle:
             loss = loss + 0 * parameter.sum()
         micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
@@ -43,6 +46,8 @@ class MethodLoss:
             micro_batches=micro_batches,
             share=self.share(inputs),
             last=self.accelerator.sync_gradients,  # type: ignore[attr-defined]
+            process=self.accelerator.process_index,  # type: ignore[attr-defined]
+            processes=self.accelerator.num_processes,  # type: ignore[attr-defined]
         )
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
         accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
@@ -63,10 +68,11 @@ class MethodLoss:
         return self.__dict__.setdefault("_method_terms", defaultdict(list))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log each term, per optimizer step, beside the trainer's own figures."""
+        """Log each term, per optimizer step and averaged over processes, beside the trainer's own figures."""
         steps = self.state.global_step - self.__dict__.get("_logged_step", 0)  # type: ignore[attr-defined]
         for name, terms in self._terms.items():
-            logs[f"{name}_loss"] = torch.stack(terms).sum().item() / max(steps, 1)
+            term = self.accelerator.reduce(torch.stack(terms).sum(), "mean")  # type: ignore[attr-defined]
+            logs[f"{name}_loss"] = term.item() / max(steps, 1)
         self._terms.clear()
         self.__dict__["_logged_step"] = self.state.global_step  # type: ignore[attr-defined]
         super().log(logs, start_time)  # type: ignore[misc]
@@ -91,3 +97,34 @@ class ReallyDistributed(TrainerCallback):
         wrapped = type(self.trainer.model_wrapped).__name__
         if (processes() > 1 or deepspeed()) and wrapped != wanted:
             raise RuntimeError(f"the model runs as {wrapped}, not as {wanted}: check the accelerate configuration")
+
+
+class Untrained(TrainerCallback):
+    """The model's fingerprint as training begins (DeepSpeed has rounded what it trains by then)."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.fingerprint = model, dict[str, float]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fingerprint = fingerprint(self.model)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a stage trains, by name; whole under ZeRO-3 too, for which all processes call this together."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gather(trained.values())
+    return trained
+
+
+def idle_parameters(model: PeftModel | nn.Module) -> list[nn.Parameter]:
+    """Those that a batch may leave out: LoRA on projector and vision tower; of a method's experts, any."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+    inside = set(base.get_decoder().parameters()) if base else set()
+    return [parameter for parameter in trained_parameters(model).values() if parameter not in inside]
+
+
+def fingerprint(model: nn.Module) -> dict[str, float]:
+    """A number for each trained parameter that changes when the parameter does."""
+    return {
+        name: parameter.detach().double().square().sum().item() for name, parameter in trained_parameters(model).items()
+    }

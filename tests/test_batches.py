@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_stage import launch, uneven
-from training import MeanLength, make_run
+from training import MeanLength, launch, make_run, uneven
 from trl.trainer.utils import RepeatSampler
 
 import mcit.pipeline.rft as rft
@@ -206,7 +205,7 @@ def test_a_mixed_stage_learns_what_it_would_in_mixed_batches(
     assert [row[key] for row in terms[0]] == pytest.approx([row[key] for row in terms[1]]) and terms[0][0][key] > 1
 
 
-@pytest.mark.parametrize("mode", ["ddp", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["ddp", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("zero2", "zero3"))])
 def test_two_processes_on_a_mixed_stage_are_one(
     mixed: tuple[Path, Path], whole: Path, tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

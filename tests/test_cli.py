@@ -120,7 +120,7 @@ def test_print_config_says_what_each_stage_resolves_to(mcit, tmp_path):
     code, out, _ = mcit("run", *arguments)
     recipe, stages = yaml.safe_load_all(out)
     assert code == 0
-    assert [stage["train"]["lora"]["r"] for stage in stages] == [16, 16, 4, 16, 16]
+    assert [stage["train"]["lora"]["r"] for stage in stages] == [12, 12, 4, 12, 12]
     assert [stage["name"] for stage in stages] == ["digits", "counting", "spatial", "grounding", "arithmetic"]
     (tmp_path / "again.yaml").write_text(out.split("---")[0])
     assert load_recipe(tmp_path / "again.yaml") == load_recipe("mini/sequential", arguments[1:2])

@@ -1,10 +1,9 @@
-"""Whole stages: real trainers, real files. Two stages in one process, and one under DeepSpeed in two."""
+"""Whole stages: real trainers, real files. What holds for every method is in test_invariants.py."""
 
 import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training import COLOURS, TINY, make_run, make_samples, tiny_model
+from training import TINY, assert_same_curves, largest_gap, launch, make_run, make_samples, tiny_model, uneven
 from trl import GRPOConfig, SFTConfig
 
-import mcit.pipeline.sft
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.data_prep.schema import Sample
 from mcit.eval.serving import read_serving
 from mcit.pipeline.adapters import load_adapter
 from mcit.pipeline.arguments import OWNED, split_batch
+from mcit.pipeline.methods.keys import unpack
 from mcit.pipeline.recipe import load_recipe, write_recipe
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage import main, replace_folder, run_stage
@@ -35,14 +33,6 @@ train:
   sft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, num_train_epochs: 2,
                gradient_checkpointing: false}}
 """
-
-
-def uneven(task: str, n: int, images: int) -> list[Sample]:
-    """Answers of very different lengths: only a loss over all tokens of the global batch weighs them evenly."""
-    samples = make_samples(task, n, images=images)
-    for i, sample in enumerate(samples):
-        sample["completion"] = [{"role": "assistant", "content": " ".join(COLOURS[: 1 + i % 4] * (1 + i % 3))}]
-    return samples
 
 
 def train(run: Path, recipe: Path, k: int, *overrides: str) -> PeftModel:
@@ -79,17 +69,6 @@ def second_adapter(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "stages" / "02-words" / "adapter" / "adapter_model.safetensors")
 
 
-def largest_gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
-    assert one.keys() == two.keys()
-    return max((one[key] - two[key]).abs().max().item() for key in one)
-
-
-def logged(run: Path, key: str) -> list[float]:
-    rows = read_jsonl(run / "stages" / "02-words" / "train_log.jsonl")
-    assert len(rows) == 7
-    return [row[key] for row in rows[:-1]]
-
-
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
 
 
@@ -117,14 +96,15 @@ def test_two_stages(trained: tuple[Path, Path], tmp_path: Path, lineage: str) ->
     )
     assert serving.base == str(TINY) and serving.base_hash == "b"
     assert serving.hash != read_serving(run / "stages" / "01-colour").hash
-    delta, counts = load_adapter(stage / "delta"), load_file(stage / "method" / "reglora.safetensors")
-    assert {factors.a.shape[0] for factors in delta.values()} == {4} and counts.keys() == delta.keys()
-    keys = load_file(run / "stages" / "01-colour" / "method" / "reglora.safetensors")
-    for name, count in counts.items():
-        k = int(0.02 * count.numel())
-        assert keys[name].sum() == k and count.sum() == 2 * k and (count >= keys[name]).all()
-        top = delta[name].delta().abs().flatten().topk(k).indices
-        assert ((count - keys[name]).flatten()[top] == 1).all()
+    delta, state = load_adapter(stage / "delta"), load_file(stage / "method" / "reglora.safetensors")
+    assert {factors.a.shape[0] for factors in delta.values()} == {4} and state.keys() == delta.keys()
+    before = load_file(run / "stages" / "01-colour" / "method" / "reglora.safetensors")
+    for name, factors in delta.items():
+        keys, counts = (unpack(packed[name], 4, factors.a.shape[1]) for packed in (before, state))
+        k = int(0.02 * counts.numel())
+        assert keys.sum() == k and counts.sum() == 2 * k and (counts >= keys).all()
+        top = factors.delta().abs().flatten().topk(k).indices
+        assert ((counts - keys).flatten()[top] == 1).all()
     log = read_jsonl(stage / "train_log.jsonl")
     assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6, 6]  # 19 samples fill three batches of 8, twice
     assert log[0]["reglora_loss"] == 0 and log[2]["reglora_loss"] > 0 and "train_loss" in log[-1]
@@ -144,44 +124,10 @@ def test_stack_keeps_the_base_bit_identical(trained: tuple[Path, Path], tmp_path
     assert state.keys() == untouched.keys() and all(torch.equal(state[name], untouched[name]) for name in untouched)
 
 
-def test_neutral_reglora_is_sequential_tuning_to_the_bit(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    sequential, neutral, active = (copy_run(trained, tmp_path / name) for name in "abc")
-    train(sequential, trained[1], 2, "method={}")
-    train(neutral, trained[1], 2, "method.reglora.weight=0")
-    train(active, trained[1], 2)
-    assert largest_gap(second_adapter(sequential), second_adapter(neutral)) == 0
-    assert largest_gap(second_adapter(sequential), second_adapter(active)) > 1e-4
-    assert not (sequential / "stages" / "02-words" / "method").exists()
-
-
-def test_the_accumulation_split_changes_nothing(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    """Neither the tokens' loss nor the penalty: 8 × 1 against 2 × 4, in loss and in weights."""
-    whole, split = copy_run(trained, tmp_path / "whole"), copy_run(trained, tmp_path / "split")
-    train(whole, trained[1], 2)
-    train(split, trained[1], 2, "train.sft.args.per_device_train_batch_size=2")
-    assert largest_gap(second_adapter(whole), second_adapter(split)) < 1e-5
-    for key in ("loss", "reglora_loss", "grad_norm", "num_tokens"):
-        assert logged(whole, key) == pytest.approx(logged(split, key), rel=1e-4, abs=1e-6), key
-
-
-def test_two_processes_under_zero2_are_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    """Started as a user would, by path, through accelerate; 2 processes × 2 samples × 2 micro-batches."""
-    alone, together = copy_run(trained, tmp_path / "alone"), copy_run(trained, tmp_path / "together")
-    train(alone, trained[1], 2)
-    launch(together, trained[1], "zero2", 2, "train.sft.args.per_device_train_batch_size=2")
-    summary = read_json(together / "stages" / "02-words" / "trained.json")
-    assert (summary["processes"], summary["mode"]) == (2, "zero2")  # the trainer itself asserts a DeepSpeedEngine
-    assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
-    for key in ("loss", "reglora_loss"):
-        assert logged(alone, key) == pytest.approx(logged(together, key), rel=1e-4, abs=1e-6), key
-    states = [load_file(run / "stages" / "02-words" / "method" / "reglora.safetensors") for run in (alone, together)]
-    same = [(states[0][name] == states[1][name]).float().mean().item() for name in states[0]]
-    assert min(same) > 0.999  # keys at the threshold may swap
-
-
 @pytest.mark.slow
-def test_two_processes_under_ddp_are_one(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    """With the vision tower trained too, whose factors a text-only batch leaves out and the penalty takes in."""
+@pytest.mark.parametrize("mode", ["ddp", "zero3"])
+def test_two_processes_that_train_the_tower_are_one(trained: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
+    """Its factors are left out by a text-only batch and taken in by the penalty; each asks half of the probes."""
     first = tmp_path / "first"
     (first / "stages").mkdir(parents=True)
     (first / "data").symlink_to(trained[0] / "data")
@@ -189,26 +135,13 @@ def test_two_processes_under_ddp_are_one(trained: tuple[Path, Path], tmp_path: P
     vision = "train.modules.vision=lora"
     train(first, trained[1], 1, vision)
     alone, together = (copy_run((first, trained[1]), tmp_path / name) for name in ("alone", "together"))
-    train(alone, trained[1], 2, vision)
-    launch(together, trained[1], "ddp", 2, vision, "train.sft.args.per_device_train_batch_size=2")
-    assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == "ddp"
+    during = [] if mode == "zero3" else ["eval.during={dense: 2}"]
+    train(alone, trained[1], 2, vision, *during)
+    launch(together, trained[1], mode, 2, vision, *during, "train.sft.args.per_device_train_batch_size=2")
+    assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == mode
     assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
-
-
-def launch(
-    run: Path, recipe: Path, mode: str, processes: int, *overrides: str, stage: int = 2, script: str = "sft"
-) -> None:
-    root = Path(mcit.pipeline.sft.__file__).parents[1]
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
-        *("--config_file", str(root / "recipes" / "accelerate" / f"{mode}.yaml")),
-        *("--num_processes", str(processes), str(root / "pipeline" / f"{script}.py")),
-        *("--recipe", str(recipe), "--stage", str(stage), "--run-dir", str(run), *overrides),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    if during:
+        assert_same_curves(alone, together)
 
 
 def test_an_interrupted_stage_leaves_nothing_that_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:

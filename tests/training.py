@@ -1,17 +1,22 @@
 """What the training tests share: the tiny model, its processor, and prepared tasks made by hand."""
 
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from PIL import Image
 from random_model import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mcit.data_prep.files import write_json, write_jsonl
+import mcit.recipes
+from mcit.data_prep.files import read_json, write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
@@ -64,6 +69,14 @@ def make_samples(task: str, n: int, *, images: int = 1, seed: int = 0) -> list[S
     return samples
 
 
+def uneven(task: str, n: int, images: int) -> list[Sample]:
+    """Answers of very different lengths: only a loss over all tokens of the global batch weighs them evenly."""
+    samples = make_samples(task, n, images=images)
+    for i, sample in enumerate(samples):
+        sample["completion"] = [{"role": "assistant", "content": " ".join(COLOURS[: 1 + i % 4] * (1 + i % 3))}]
+    return samples
+
+
 def write_images(folder: Path) -> None:
     (folder / "images").mkdir(parents=True)
     for colour in COLOURS:
@@ -103,6 +116,37 @@ def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str, model: Path
     path = run / "recipe-under-test.yaml"
     path.write_text(f"name: test\nbase_model: {{path: {model}, dtype: float32}}\nstream:\n{stream}{recipe}")
     return path
+
+
+def launch(
+    run: Path, recipe: Path, mode: str, processes: int, *overrides: str, stage: int = 2, script: str = "sft"
+) -> None:
+    """Train a stage as a user would start it alone: by path, through accelerate."""
+    root = Path(mcit.recipes.__file__).parents[1]
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", str(root / "recipes" / "accelerate" / f"{mode}.yaml")),
+        *("--num_processes", str(processes), str(root / "pipeline" / f"{script}.py")),
+        *("--recipe", str(recipe), "--stage", str(stage), "--run-dir", str(run), *overrides),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def largest_gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+def assert_same_curves(one: Path, other: Path) -> None:
+    """Two runs' second stages were looked at after the same steps, with the same outcome."""
+    curves, others = (read_json(run / "stages" / "02-words" / "during.json") for run in (one, other))
+    assert curves["steps"] == others["steps"] and len(curves["steps"]) > 3
+    for task, scores in curves["tasks"].items():
+        assert scores["exact"] == others["tasks"][task]["exact"]
+        assert scores["logprob"] == pytest.approx(others["tasks"][task]["logprob"], abs=1e-3)
 
 
 class MeanLength(Method):

@@ -29,6 +29,8 @@ class StepView:
     micro_batches: int  # of this optimizer step, on this process
     share: float  # samples of this micro-batch over those of the global batch, times the number of processes
     last: bool  # whether this is the last of them
+    process: int  # which of `processes` this one is
+    processes: int
 
 
 class Method:
@@ -36,7 +38,8 @@ class Method:
 
     A recipe's `method: {<name>: {…}}` is validated by `Config`. `neutral` holds the settings under which the method
     does nothing: then training must equal sequential tuning under the same lineage bit for bit, and draw no random
-    number. State is a flat mapping of tensors, saved after each stage and handed to the next one.
+    number. State is a flat mapping of tensors, saved after each stage and handed to the next one. Between steps the
+    model may also run in evaluation mode (`eval.during`): hooks on its modules look at `training`.
     """
 
     name: ClassVar[str]
@@ -45,7 +48,7 @@ class Method:
     keeps: ClassVar[Literal["nothing", "general data", "past data"]]
     lineages: ClassVar[Sequence[str]] = ("stack", "fold", "continue", "independent")
     paradigms: ClassVar[Sequence[str]] = ("sft", "rft")
-    distributed: ClassVar[Sequence[Distributed]] = ("single", "ddp", "zero2")
+    distributed: ClassVar[Sequence[Distributed]] = ("single", "ddp", "zero2", "zero3")
     conflicts: ClassVar[Sequence[str]] = ()
     Config: ClassVar[type[schema.Config]] = schema.Config
     neutral: ClassVar[Mapping[str, Any]] = {}
@@ -79,7 +82,8 @@ class Method:
         Terms are summed over the micro-batches of an optimizer step and averaged over processes. So a term that depends
         on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples is multiplied by
         `view.share` (micro-batches need not be equally large). What counts then depends neither on the accumulation
-        split nor on the number of processes.
+        split nor on the number of processes. A term may be shared out, as a sum of which each process returns its own
+        part times `view.processes`; one that has none returns a zero, so that all log the same terms.
         """
         return None
 

@@ -2,10 +2,10 @@
 
 After a stage, the positions of the largest `key_fraction` of `|B A|` in each adapted layer become *keys* (raw `B A`,
 without alpha/r). While later adapters train, the loss gains `weight` times the mean over layers of the mean of `|B A|`
-over the layer's keys. This is the plain dense form: `B A` of every layer is built once per optimizer step.
+over the layer's keys, as often as each was one: once per optimizer step, the layers dealt out to the processes.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,9 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.data_prep.errors import InputError
 
 from ..adapters import lora_layers
 from .base import Method, StepView
+from .keys import MeanAtKeys, add_keys, total, width
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,12 +28,17 @@ class RegLoraConfig(schema.Config):
 
     key_fraction: float = Field(default=0.02, gt=0, lt=1)  # M = 2 %: SEFE (code and ablation)
     weight: float = Field(default=2500.0, ge=0)  # lambda: SEFE (code)
-    # multiset: a position that was a key k times weighs k times (SEFE's code); union: once (SEFE's paper)
+    # multiset: a position that was a key k times weighs k times (SEFE's code), up to 15; union: once (SEFE's paper)
     overlap: Literal["multiset", "union"] = "multiset"
+
+    @property
+    def bits(self) -> int:
+        """Of a position's count."""
+        return 4 if self.overlap == "multiset" else 1
 
 
 class RegLora(Method):
-    """Keys of past stages, and the penalty on the current adapter there."""
+    """Keys of past stages, and the penalty on the current adapter there. State: packed counts (`keys.py`) by layer."""
 
     name = "reglora"
     paper = "SEFE, ICML 2025, arXiv 2505.02486"
@@ -44,53 +51,50 @@ class RegLora(Method):
     config: RegLoraConfig
 
     def build(self, model: "PeftModel", state: dict[str, Tensor]) -> None:
+        """Raises `InputError` for counts of another size."""
+        for name, a, b, _ in lora_layers(model):
+            shape = b.shape[0], width(a.shape[1], self.config.bits)
+            if self.config.weight and name in state and state[name].shape != shape:
+                raise InputError(
+                    f"the keys of {name} are {tuple(state[name].shape)} bytes, not {shape}",
+                    where="recipe",
+                    field="method.reglora.overlap",
+                    remedy="Keep it as it was in the stages before",
+                )
         self.counts = state
+        self.share: dict[str, tuple[Tensor, int]] | None = None
 
     def loss(self, view: StepView) -> Tensor | None:
         if not (view.last and self.counts and self.config.weight):
             return None
-        return self.config.weight * penalty(((n, a, b) for n, a, b, _ in lora_layers(view.model)), self.counts)
+        layers = {name: (a, b) for name, a, b, _ in lora_layers(view.model)}
+        device = next(iter(layers.values()))[0].device
+        if self.share is None:
+            sizes = {name: self.counts[name].numel() for name in layers if name in self.counts}
+            mine = deal(sizes, view.processes)[view.process]
+            self.share = {
+                name: (self.counts[name].to(device), total(self.counts[name], self.config.bits)) for name in mine
+            }
+        penalty = torch.zeros((), device=device)
+        for name, (packed, keys) in self.share.items():
+            if keys:
+                penalty = penalty + MeanAtKeys.apply(*layers[name], packed, self.config.bits, keys)
+        return self.config.weight * view.processes / len(layers) * penalty
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:
             return {}
-        counts = dict(self.counts)
-        for name, a, b, _ in lora_layers(model):
-            counts[name] = add_keys(counts.get(name), key_mask(a, b, self.config.key_fraction), self.config.overlap)
-        return counts
+        fraction, bits = self.config.key_fraction, self.config.bits
+        new = {name: add_keys(self.counts.get(name), a, b, fraction, bits) for name, a, b, _ in lora_layers(model)}
+        return self.counts | new
 
 
-def key_mask(a: Tensor, b: Tensor, fraction: float) -> Tensor:
-    """The `int(fraction * numel)` positions of largest `|b a|`, as bool [out, in] on the CPU. Zeros are never keys.
-
-    `a` is [r, in], `b` [out, r].
-    """
-    with torch.no_grad():
-        size = (b.float() @ a.float()).abs()
-        mask = torch.zeros(size.numel(), dtype=torch.bool, device=size.device)
-        mask[size.flatten().topk(int(fraction * size.numel())).indices] = True
-        return (mask.view_as(size) & (size > 0)).cpu()
-
-
-def add_keys(counts: Tensor | None, mask: Tensor, overlap: str) -> Tensor:
-    """Join new keys, bool [out, in], to the old: uint8 counts (multiset; they stop at 255) or bool (union)."""
-    if overlap == "union":
-        return mask if counts is None else counts.bool() | mask
-    return mask.to(torch.uint8) if counts is None else counts.to(torch.uint8) + (mask & (counts < 255))
-
-
-def penalty(factors: Iterable[tuple[str, Tensor, Tensor]], counts: Mapping[str, Tensor]) -> Tensor:
-    """Mean over all layers of `sum(count * |b a|) / sum(count)`; a layer without keys adds zero. In float32.
-
-    `factors` are (name, a [r, in], b [out, r]), `counts` [out, in] by name. Formula: SEFE's code, research of its
-    `LlamaDecoderLayer.forward`, with the number of layers in place of its literal 224.
-    """
-    terms = []
-    for name, a, b in factors:
-        term = b.new_zeros((), dtype=torch.float32)
-        if name in counts:
-            count = counts[name].to(b.device)
-            with torch.autocast(b.device.type, enabled=False):
-                term = (count * (b.float() @ a.float()).abs()).sum() / count.sum().clamp(min=1)
-        terms.append(term)
-    return torch.stack(terms).mean()
+def deal(sizes: Mapping[str, int], hands: int) -> list[list[str]]:
+    """The names in `hands` parts of about the same total size: the largest first, each to the part that has least."""
+    parts: list[list[str]] = [[] for _ in range(hands)]
+    loads = [0] * hands
+    for name in sorted(sizes, key=lambda name: sizes[name], reverse=True):
+        least = loads.index(min(loads))
+        parts[least].append(name)
+        loads[least] += sizes[name]
+    return parts

@@ -1,6 +1,6 @@
 """A tiny Qwen3-VL-MoE with random weights, for the recipe `mini/moe`; it is made in a second and knows nothing.
 
-    python recipes/mini/tiny_moe.py OUT
+python recipes/mini/tiny_moe.py OUT
 """
 
 import argparse
@@ -86,9 +86,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Qwen3VLMoe
         tie_word_embeddings=False,
     )
     model = Qwen3VLMoeForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return model
 
 

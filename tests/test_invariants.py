@@ -1,0 +1,302 @@
+"""What holds for every method in METHODS, as stages really train. A new one is covered by its name.
+
+Stage 1 is supervised tuning; stage 2 goes on in the lineages and paradigms that the method names. `make test` takes one
+representative of each, `make test-all` the product.
+"""
+
+import json
+import pickle
+import random
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import save_qwen3_vl_moe
+from safetensors.torch import load_file
+from training import COLOURS, largest_gap, launch, make_run, make_samples, tiny_model, uneven
+from transformers import TrainerCallback
+
+import mcit.pipeline.rft as rft
+import mcit.pipeline.sft as sft
+import mcit.pipeline.stage as stage_script
+from mcit.data_prep.files import read_json, read_jsonl
+from mcit.pipeline.lineage import target_names
+from mcit.pipeline.methods import METHODS, Method
+from mcit.pipeline.recipe import ModulesConfig, load_recipe
+
+# Where a method's defaults are not for a tiny model and a learning rate of 0.2.
+SETTINGS: dict[str, dict[str, Any]] = {"reglora": {"weight": 100}, "moextend": {"experts": 2, "layers": [1]}}
+# Where it does not train LoRA on the language model: what it trains instead, in which model.
+MIXTURE = tempfile.TemporaryDirectory(prefix="mcit-mixture-")
+EXPERTS = {f"model.language_model.layers.1.mlp.{part}" for part in ("gate.rows", "experts.new.gate_up_proj")}
+EXPERTS |= {"model.language_model.layers.1.mlp.experts.new.down_proj"}
+
+RECIPE = """
+train:
+  lora: {r: 4, alpha: 8, dropout: 0}
+  global_batch_size: 16
+  sft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, num_train_epochs: 2,
+               gradient_checkpointing: false}}
+  rft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, max_steps: 3, beta: 0.1,
+               num_generations: 4, max_completion_length: 6, temperature: 0.5, gradient_checkpointing: false}}
+"""
+STAGES = ("01-colour", "02-again")
+# Stage 1 teaches half of its colours wrongly: a policy that is always right, or never, learns nothing from rewards.
+TEACH = ("train.sft.args.optim=adamw_torch", "train.sft.args.learning_rate=1e-2", "train.sft.args.max_steps=25")
+
+Section = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass
+class Trained:
+    """A stage as it was and as training left it."""
+
+    folder: Path
+    before: dict[str, torch.Tensor]  # all parameters and buffers, by name
+    after: dict[str, torch.Tensor]
+    trainable: set[str]
+    randomness: bytes  # the states of all generators at the end
+    states: dict[str, dict[str, torch.Tensor]]  # of the methods, before they were saved
+
+
+Train = Callable[..., list[Trained]]
+
+
+def section(name: str, neutral: bool = False) -> Section:
+    return {name: METHODS[name].neutral if neutral else SETTINGS.get(name, {})}
+
+
+def take_one(cases: list[tuple[str, ...]], quick: tuple[str, ...]) -> list[Any]:
+    assert quick in cases
+    return [pytest.param(*case, marks=[] if case == quick else pytest.mark.slow) for case in cases]
+
+
+every_way = pytest.mark.parametrize(
+    ("name", "lineage", "paradigm"),
+    take_one(
+        [
+            (name, lineage, paradigm)
+            for name, method in METHODS.items()
+            for lineage in method.lineages
+            for paradigm in method.paradigms
+        ],
+        ("reglora", "stack", "sft"),
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The run folder with the data, and the recipe."""
+    run = tmp_path_factory.mktemp("prepared")
+    samples = {"colour": make_samples("colour", 32), "again": uneven("again", 20, 1)}
+    for sample in samples["colour"][::2]:
+        colour = COLOURS.index(sample["references"][0])
+        sample["completion"] = [{"role": "assistant", "content": COLOURS[colour - 1]}]
+    return run, make_run(run, samples, RECIPE)
+
+
+@pytest.fixture(scope="module")
+def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Trains both stages with `method: section`, each once: `overrides` are those of stage 2."""
+
+    def run_one(run: Path, k: int, paradigm: str, *overrides: str) -> Trained:
+        kept: dict[str, Any] = {"states": {}}
+        save, make_trainer = stage_script._save_state, {"sft": sft, "rft": rft}[paradigm].make_trainer
+
+        class Look(TrainerCallback):
+            def on_train_end(self, *args: Any, model: Any, **_: Any) -> None:
+                kept.update(
+                    after=snapshot(model), trainable={n for n, p in model.named_parameters() if p.requires_grad}
+                )
+
+        def make(entered: Any) -> Any:
+            trainer = make_trainer(entered)
+            trainer.add_callback(Look)
+            kept.update(before=snapshot(entered.model))
+            return trainer
+
+        def keep(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
+            kept["states"][name] = state
+            save(folder, name, state)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage_script, "_save_state", keep)
+            stage_script.run_stage(load_recipe(prepared[1], overrides), k, run, paradigm, make)
+        return Trained(
+            run / "stages" / STAGES[k - 1],
+            kept["before"],
+            kept["after"],
+            kept["trainable"],
+            pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state())),
+            kept["states"],
+        )
+
+    @cache
+    def first(method: str) -> Trained:
+        run = tmp_path_factory.mktemp("first")
+        link(prepared[0], run, "00-base")
+        return run_one(run, 1, "sft", *keys(method, "stack", "sft"), *TEACH)
+
+    @cache
+    def second(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
+        one, run = first(method), tmp_path_factory.mktemp("second")
+        link(one.folder.parents[1], run, "00-base", "01-colour")
+        return [one, run_one(run, 2, paradigm, *keys(method, lineage, paradigm), *overrides)]
+
+    return lambda section, *rest: second(json.dumps(section), *rest)
+
+
+def keys(method: str, lineage: str, paradigm: str) -> list[str]:
+    """What a recipe says of a stage, `method` as JSON."""
+    resolved = [f"method={method}", f"train.lineage={lineage}", f"train.paradigm={paradigm}"]
+    carried = any(
+        METHODS[name](METHODS[name].Config(**settings)).carries for name, settings in json.loads(method).items()
+    )
+    return [*resolved, f"base_model.path={mixture()}"] if carried else resolved
+
+
+@cache
+def mixture() -> str:
+    """The folder of a tiny mixture of experts, which goes when the test process ends."""
+    save_qwen3_vl_moe(Path(MIXTURE.name))
+    return MIXTURE.name
+
+
+def link(run: Path, to: Path, *stages: str) -> None:
+    """A run of its own with the data and some stages of another."""
+    (to / "stages").mkdir()
+    (to / "data").symlink_to(run / "data")
+    for name in stages:
+        (to / "stages" / name).symlink_to(run / "stages" / name)
+
+
+def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@every_way
+def test_neutral_is_sequential_tuning_to_the_bit(train: Train, name: str, lineage: str, paradigm: str) -> None:
+    """And draws no random number; not neutral, a method with a loss of its own trains something else."""
+    sequential, neutral = (train(method, lineage, paradigm) for method in ({}, section(name, neutral=True)))
+    for one, two in zip(sequential, neutral, strict=True):
+        assert same(one.after, two.after) and one.randomness == two.randomness
+        assert not (two.folder / "method").exists()
+    if METHODS[name].loss is not Method.loss:
+        assert not same(sequential[1].after, train(section(name), lineage, paradigm)[1].after)
+
+
+@every_way
+def test_what_is_meant_to_be_trained_moves_and_nothing_else(
+    train: Train, name: str, lineage: str, paradigm: str
+) -> None:
+    adapter = {
+        f"base_model.model.{layer}.lora_{factor}.default.weight"
+        for layer in target_names(tiny_model(), ModulesConfig())
+        for factor in "AB"
+    }
+    meant = {"moextend": EXPERTS}.get(name, adapter)
+    for stage in train(section(name), lineage, paradigm):
+        assert stage.trainable == meant and stage.before.keys() == stage.after.keys()
+        assert {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])} == meant
+
+
+@every_way
+def test_a_state_that_was_saved_trains_like_the_one_in_memory(
+    train: Train, name: str, lineage: str, paradigm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = train(section(name), lineage, paradigm)
+    for method, state in first.states.items():
+        file = first.folder / "method" / f"{method}.safetensors"
+        assert same(load_file(file) if file.exists() else {}, state)
+    monkeypatch.setattr(stage_script, "_load_state", lambda _, method: first.states[method.name])
+    again = train(section(name), lineage, paradigm, "seed=0")[1]  # the default, spelt out: trained once more
+    assert again is not second and same(again.after, second.after)
+
+
+@every_way
+@pytest.mark.parametrize("how", ["per_device_train_batch_size=4", "gradient_checkpointing=true"])
+def test_how_a_step_is_computed_changes_nothing(train: Train, name: str, lineage: str, paradigm: str, how: str) -> None:
+    """Not 4 × 4 instead of 16 × 1, not checkpointing: neither weights nor losses, the method's own among them."""
+    plain, other = (
+        train(section(name), lineage, paradigm, *more)[1] for more in ((), (f"train.{paradigm}.args.{how}",))
+    )
+    assert largest_gap(plain.after, other.after) < 1e-5
+    assert_same_losses(plain.folder, other.folder, "loss", "grad_norm")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    take_one(
+        [(name, mode) for name, method in METHODS.items() for mode in method.distributed if mode != "single"],
+        ("reglora", "zero3"),
+    ),
+)
+def test_two_processes_are_one(train: Train, prepared: tuple[Path, Path], tmp_path: Path, name: str, mode: str) -> None:
+    """2 processes × 4 samples × 2 micro-batches, under checkpointing, against 1 × 16 × 1."""
+    lineage = METHODS[name].lineages[0]
+    first, alone = train(section(name), lineage, "sft")
+    more = (f"train.sft.args.{setting}" for setting in ("per_device_train_batch_size=4", "gradient_checkpointing=true"))
+    together = in_two_processes(first, prepared[1], tmp_path, name, "sft", mode, *more)
+    assert_same(alone.folder, together)
+    for method, state in alone.states.items():
+        if state:
+            loaded = load_file(together / "method" / f"{method}.safetensors")
+            assert loaded.keys() == state.keys()
+            close = {key: torch.isclose(loaded[key].float(), value.float(), 0, 1e-5) for key, value in state.items()}
+            equal = [mask.float().mean().item() for mask in close.values()]
+            assert min(equal) > 0.99  # what a threshold decides may swap
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if "rft" in method.paradigms])
+def test_rollouts_train_alike_in_every_mode(
+    train: Train, prepared: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    """What two processes draw is not what one draws, but the same in every mode."""
+    first, _ = train(section(name), METHODS[name].lineages[0], "rft")
+    modes = [mode for mode in METHODS[name].distributed if mode != "single"]
+    folders = [in_two_processes(first, prepared[1], tmp_path / mode, name, "rft", mode) for mode in modes]
+    for folder in folders[1:]:
+        assert_same(folders[0], folder)
+
+
+def in_two_processes(
+    first: Trained, recipe: Path, run: Path, name: str, paradigm: str, mode: str, *overrides: str
+) -> Path:
+    """Stage 2 after `first`; its folder."""
+    run.mkdir(exist_ok=True)
+    link(first.folder.parents[1], run, "00-base", "01-colour")
+    resolved = keys(json.dumps(section(name)), METHODS[name].lineages[0], paradigm)
+    launch(run, recipe, mode, 2, *resolved, *overrides, script=paradigm)
+    summary = read_json(run / "stages" / STAGES[1] / "trained.json")
+    assert (summary["processes"], summary["mode"]) == (2, mode)  # the trainer itself asserts a DeepSpeedEngine
+    return run / "stages" / STAGES[1]
+
+
+def assert_same(one: Path, two: Path) -> None:
+    """Up to the order of summation: weights, losses, and the number of trained parameters."""
+    parts = [path.relative_to(one) for path in one.glob("*/*model.safetensors")]  # adapter and delta, or a merged model
+    assert parts
+    for part in parts:
+        assert largest_gap(*(load_file(folder / part) for folder in (one, two))) < 1e-5
+    assert_same_losses(one, two, "loss")
+    summaries = [read_json(folder / "trained.json") for folder in (one, two)]
+    assert summaries[0]["trained_parameters"] == summaries[1]["trained_parameters"]
+
+
+def assert_same_losses(one: Path, two: Path, *keys: str) -> None:
+    logs = [read_jsonl(folder / "train_log.jsonl")[:-1] for folder in (one, two)]
+    terms = {key for key in logs[0][0] if key.endswith("_loss")}
+    for key in (*keys, *terms):
+        assert [row[key] for row in logs[0]] == pytest.approx([row[key] for row in logs[1]], rel=1e-3, abs=1e-6), key
