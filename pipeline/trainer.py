@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -30,8 +31,8 @@ _Mixin: Any = object  # so that what is TRL's is not looked for here
 class MethodLoss(_Mixin):  # type: ignore[misc]
     """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss` and `Method.replay_loss`.
 
-    `idle` are the trained parameters that a text-only batch leaves out of the graph. They get a gradient of zero then,
-    as they would in any larger batch: data parallel would otherwise fail where a method's term uses them.
+    `idle` are the trained parameters that a batch may leave out of the graph (`idle_parameters`). They get a gradient
+    of zero then, as they would in any larger batch: data parallel would otherwise fail.
     `replays` are the samples that methods see beside the stage's own, and `collator` makes batches of them alone.
     """
 
@@ -204,3 +205,34 @@ class ReallyDistributed(TrainerCallback):
         wrapped = type(self.trainer.model_wrapped).__name__
         if (processes() > 1 or deepspeed()) and wrapped != wanted:
             raise RuntimeError(f"the model runs as {wrapped}, not as {wanted}: check the accelerate configuration")
+
+
+class Untrained(TrainerCallback):
+    """The model's fingerprint as training begins (DeepSpeed has rounded what it trains by then)."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.fingerprint = model, dict[str, float]()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.fingerprint = fingerprint(self.model)
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a stage trains, by name; whole under ZeRO-3 too, for which all processes call this together."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    gather(trained.values())
+    return trained
+
+
+def idle_parameters(model: PeftModel | nn.Module) -> list[nn.Parameter]:
+    """Those that a batch may leave out: LoRA on projector and vision tower; of a method's experts, any."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
+    inside = set(base.get_decoder().parameters()) if base else set()
+    return [parameter for parameter in trained_parameters(model).values() if parameter not in inside]
+
+
+def fingerprint(model: nn.Module) -> dict[str, float]:
+    """A number for each trained parameter that changes when the parameter does."""
+    return {
+        name: parameter.detach().double().square().sum().item() for name, parameter in trained_parameters(model).items()
+    }

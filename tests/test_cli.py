@@ -81,10 +81,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(mcit, tmp_path,
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    (tmp_path / "p.jsonl").write_text('{"id": 1, "response": "B", "references": ["B"]}')
-    code, _, err = mcit("score", "mcq", tmp_path / "p.jsonl", "--per-sample", tmp_path / "s.jsonl")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Is it red? Answer yes or no.", "completion": "Yes"}')
+    code, _, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
     assert code == 2 and err.startswith("error: No space left on device. Make room") and err.count("\n") == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["p.jsonl"]
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_score(mcit, tmp_path):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mcit.data_prep import schema
@@ -10,8 +11,9 @@ from mcit.data_prep.schema import Sample
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 
+    from ..collator import Collator
     from ..recipe import Stage
     from ..replay import Replay, Replayed
     from ..stage import Entered
@@ -57,6 +59,19 @@ class Method:
 
     def __init__(self, config: schema.Config):
         self.config = config
+
+    @property
+    def carries(self) -> bool:
+        """Whether what the method trains holds the policy, in the place of a LoRA: then it has `enter` and `leave`."""
+        return False
+
+    def enter(self, model: "PreTrainedModel", state: dict[str, "Tensor"], collator: "Collator") -> "PreTrainedModel":
+        """The entering policy with what trains in it, made of the untouched base; it comes before `build`."""
+        raise NotImplementedError
+
+    def leave(self, model: "PreTrainedModel", processor: Any, folder: Path) -> None:
+        """Write the policy to `folder` as a merged model, after `finish`; `model` is not used afterwards."""
+        raise NotImplementedError
 
     def build(self, model: "PeftModel", state: dict[str, "Tensor"]) -> None:
         """Prepare for a stage: `state` is what `finish` returned after the stage before (empty in the first)."""
