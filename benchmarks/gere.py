@@ -5,7 +5,8 @@
 Files are written for drawn hidden states, half of the samples with images, and compared with the same states in
 float32, which is what the official code keeps; the loss from a file is compared with the loss from those. A step is
 forward and backward pass of a random language model with LoRA: the batch alone, with the general samples in the same
-forward pass, and with a forward pass for each, in turn, so that other work on the machine meets them alike.
+forward pass, and with a forward pass for each, in turn. Seconds are those of the processor, for other work on the
+machine not to count: give one thread (OMP_NUM_THREADS=1).
 """
 
 import argparse
@@ -46,7 +47,7 @@ def main() -> None:
     for row in files:
         sizes = f"{row['float32'] / 1e6:.1f} | {row['file'] / 1e6:.2f} | {row['float32'] / row['file']:.2f} ×"
         print(f"| {row['units']} | {sizes} | {row['gap']:.1g} |")
-    print("\n| a step | s | extra |\n|---|---|---|")
+    print("\n| a step | CPU s | extra |\n|---|---|---|")
     for form, seconds in steps.items():
         print(f"| {form} | {seconds:.3f} | {seconds / steps['alone'] - 1:+.1%} |")
 
@@ -83,7 +84,7 @@ def size_of(units: int) -> dict[str, Any]:
 
 
 def times() -> dict[str, float]:
-    """Median seconds of a step in each form."""
+    """Median CPU seconds of a step in each form."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "vocab_size": 8000}
     config = Qwen2Config(**sizes, num_attention_heads=8, num_key_value_heads=2)
@@ -117,9 +118,9 @@ def times() -> dict[str, float]:
     seconds: dict[str, list[float]] = {form: [] for form in forms}
     for _ in range(REPEATS):
         for form, loss in forms.items():
-            start = time.perf_counter()
+            start = time.process_time()
             loss().backward()
-            seconds[form].append(time.perf_counter() - start)
+            seconds[form].append(time.process_time() - start)
     return {form: median(found[1:]) for form, found in seconds.items()}
 
 

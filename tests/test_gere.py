@@ -1,5 +1,6 @@
 """GeRe: its formulas by hand and by brute force, the file of states, and stages that really train with it."""
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from training import largest_gap, launch, make_run, make_samples, uneven
+from training import TINY, largest_gap, launch, make_run, make_samples, uneven
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import hash_json, read_jsonl
+from mcit.data_prep.files import hash_json, read_jsonl, write_jsonl
 from mcit.data_prep.mini import facts
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
 from mcit.data_prep.schema import AnchorConfig, PrepareConfig
@@ -28,8 +30,11 @@ from mcit.pipeline.methods.ternary import Moments, margin_loss, states
 from mcit.pipeline.recipe import Recipe, load_recipe
 from mcit.pipeline.replay import Replayed, backbone
 from mcit.pipeline.rft import make_trainer as make_rft_trainer
+from mcit.pipeline.run import perform_steps, start_run
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage import run_stage
+from mcit.pipeline.step import Launch
+from mcit.pipeline.terminal import Terminal
 
 THRESHOLDS = torch.tensor([[-1.0, 0.0], [1.0, 2.0]])
 
@@ -480,3 +485,27 @@ def test_anchors_are_prepared_whole(tmp_path: Path) -> None:
     assert {sample["style"] for sample in samples} == {"short", "mcq", "yes_no", "brief", "bbox", "number", "latex"}
     assert {sample["reasoning"] for sample in samples} == {"none", "think"}
     assert len({sample["meta"]["fact"] for sample in samples}) == 14
+
+
+def test_a_run_prepares_anchors_beside_its_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ASD; a stage depends on them, and on nothing of the kind where no method sees them."""
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    rows = [{"id": str(i), "prompt": f"Say {i}.", "completion": str(i), "style": "number"} for i in range(40)]
+    write_jsonl(tmp_path / "numbers.jsonl", rows)
+    (tmp_path / "x.yaml").write_text(
+        f"name: x\nbase_model: {{path: {TINY}, dtype: float32}}\nstream: [{{name: numbers, train: numbers.jsonl}}]\n"
+        "anchors: [{name: general, train: 'mcit.data_prep.mini.facts:anchors'}]\nmethod: {asd: {}, gere: {}}\n"
+    )
+    terminal = Terminal(Console(file=io.StringIO()))
+    for folder, overrides in (("with", []), ("without", ["method={}"])):
+        run = start_run(
+            load_recipe(tmp_path / "x.yaml", overrides), tmp_path / folder, Launch.named("single"), terminal
+        )
+        perform_steps(run, run.preparation(), terminal)
+        inputs = run.train(run.recipe.stages[0]).inputs()
+        if overrides:
+            assert "anchors" not in inputs and not (run.dir / "data" / "general").exists()
+        else:
+            assert inputs["anchors"] == {"general": read_task(run.dir / "data" / "general")["train_hash"]}
+            assert (run.dir / "data" / "numbers" / "asd_report.json").exists()
+            assert not (run.dir / "data" / "general" / "asd_report.json").exists()
