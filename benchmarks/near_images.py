@@ -87,7 +87,7 @@ def main() -> None:
             def add(image: Image.Image, name: str, pictures: Pictures = pictures, kind: str = kind) -> int:
                 path = Path(folder) / f"{kind}-{name}.png"
                 image.save(path)
-                return pictures.number(path)
+                return pictures.number(str(path))
 
             own = [add(image, str(index)) for index, image in enumerate(images)]
             versions = {

@@ -39,9 +39,9 @@ def publish(folder: Path, cache: Path) -> Path:
     return target
 
 
-def remember(cache: Path, key: str, folder: Path, looked_at: Iterable[Path]) -> None:
+def remember(cache: Path, key: str, folder: Path, looked_at: Iterable[str]) -> None:
     """Note that the source `key` led to `folder`, given the image files it looked at as they are now."""
-    images = {str(path): _stamp(path) for path in looked_at}
+    images = {path: _stamp(Path(path)) for path in looked_at}
     write_json(cache / "sources" / f"{key}.json", {"folder": folder.name, "images": images})
 
 

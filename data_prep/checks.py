@@ -5,12 +5,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from .build import PARTS
 from .chat import open_image, render_chat, tokenizer_options
 from .errors import InputError
 from .images import ImageFacts
 from .prepare import drop_samples, image_path, iter_samples, read_images, read_task
-from .readers import Part
+from .readers import PARTS, Part
 from .schema import Sample
 
 _BATCH = 256  # texts tokenized at once

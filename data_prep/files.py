@@ -7,9 +7,11 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, TypeVar
 
 from .errors import InputError
+
+Row = TypeVar("Row")
 
 
 @contextlib.contextmanager
@@ -40,9 +42,16 @@ def write_json(path: Path | str, value: Any) -> None:
 
 def write_jsonl(path: Path | str, rows: Iterable[Any]) -> None:
     """Write one JSON object a line, atomically."""
+    for _ in writing_jsonl(path, rows):
+        pass
+
+
+def writing_jsonl(path: Path | str, rows: Iterable[Row]) -> Iterator[Row]:
+    """`write_jsonl` that hands each row on once it is written; the file is there when all have been taken."""
     with atomic_open(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            yield row
 
 
 def read_text(path: Path | str) -> str:

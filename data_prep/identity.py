@@ -2,32 +2,46 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from .errors import InputError
 from .files import hash_json
 from .schema import Sample
 
 
-def give_ids(samples: list[Sample]) -> None:
-    """Keep ids that are unique in the part; the others become hashes of the content, numbered where that repeats."""
-    given = Counter(sample["id"] for sample in samples)
-    seen: Counter[str] = Counter()
-    for sample in samples:
-        if sample["id"] and given[sample["id"]] == 1:
-            continue
+class Ids:
+    """The ids of a part: `note` those that its samples came with, then ask for each final one, in the same order.
+
+    Ids that are unique stay; the others become hashes of the content, numbered where that repeats.
+    """
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()  # digests: they take less memory than ids may
+        self._repeated: set[bytes] = set()
+        self._given: set[str] = set()
+        self._copies: Counter[str] = Counter()
+
+    def note(self, sample: Sample) -> None:
+        """One more sample as it was read."""
+        digest = _digest(sample["id"])
+        (self._repeated if digest in self._seen else self._seen).add(digest)
+
+    def final(self, sample: Sample) -> str:
+        """The id of a sample, once all were noted."""
+        if sample["id"] and _digest(sample["id"]) not in self._repeated:
+            return sample["id"]
         content = [sample["prompt"], sample["completion"], sample["references"], sample["images"]]
         identity = hash_json(content)[:16]
-        seen[identity] += 1
-        sample["id"] = identity if seen[identity] == 1 else f"{identity}-{seen[identity]}"
+        if identity not in self._given:
+            self._given.add(identity)
+            return identity
+        self._copies[identity] += 1
+        return f"{identity}-{self._copies[identity] + 1}"
 
 
-def set_image_ids(samples: list[Sample], digests: dict[str, str]) -> None:
-    """Give samples that share an image, directly or over others, the same `meta["image_id"]`, unless they have one."""
-    shown = [sample for sample in samples if sample["images"]]
-    groups = connect([[digests[name] for name in sample["images"]] for sample in shown])
-    for sample, group in zip(shown, groups, strict=True):
-        sample["meta"].setdefault("image_id", group[:16])
+def image_ids(shown: Iterable[Sequence[str]]) -> Iterator[str]:
+    """An id for each list of images' digests, the same where an image is shared, directly or over others."""
+    return (group[:16] for group in connect(shown))
 
 
 def split_keys(sample: Sample, digests: list[str]) -> list[str]:
@@ -58,12 +72,17 @@ def connect(keys: Iterable[Sequence[str]]) -> list[str]:
             parent[key] = key = parent[parent[key]]
         return key
 
-    lists = list(keys)
-    for first, *rest in lists:
+    firsts = []
+    for first, *rest in keys:
+        firsts.append(first)
         for other in rest:
             one, two = sorted((find(first), find(other)))
             parent[two] = one
-    return [find(first) for first, *_ in lists]
+    return [find(first) for first in firsts]
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
 
 
 def rank(text: str) -> bytes:

@@ -1,21 +1,15 @@
-"""Images: which paths are allowed, what a file's identity and size are, that it decodes, and how it becomes RGB."""
+"""One image: which paths are allowed, what a file's identity and size are, that it decodes, and how it becomes RGB."""
 
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path, PurePath
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
 from .errors import InputError
 
-Fact = TypeVar("Fact")
-_WORTH_A_PROCESS = 1000  # images; a process takes a third of a second to start
-_AT_ONCE, _CHUNK = 4096, 32  # images in the queue of all processes, and given to one at a time
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError)
 
 
@@ -76,46 +70,6 @@ def inspect_image(path: Path) -> ImageFacts:
             return ImageFacts(hashlib.sha256(data).hexdigest(), *image.size)
     except UNREADABLE as error:
         raise unreadable(path, error) from None
-
-
-def inspect_images(paths: Iterable[Path], *, decode: bool = True) -> dict[Path, ImageFacts | InputError]:
-    """`inspect_image` for many files on all cores; errors are values.
-
-    Without `decode` only the bytes are hashed, and width and height are 0.
-    """
-    unique = list(dict.fromkeys(paths))
-    return dict(zip(unique, map_images(_facts if decode else _identity, unique), strict=True))
-
-
-def map_images(look: Callable[[Path], Fact], paths: Sequence[Path]) -> Iterator[Fact]:
-    """`look` at each file, in order, on all cores: in threads, or of many files in processes.
-
-    Decoding leaves Python's lock, so threads do for large images; of small ones most time is spent around it, and these
-    come in large numbers. `look` is a function of a module, for processes to find it.
-    """
-    workers = min(os.cpu_count() or 1, len(paths) // _WORTH_A_PROCESS)
-    pool: Executor
-    if workers < 2:
-        pool, chunk = ThreadPoolExecutor(os.cpu_count()), 1
-    else:
-        pool, chunk = ProcessPoolExecutor(workers, mp_context=get_context("spawn")), _CHUNK
-    with pool:
-        for start in range(0, len(paths), _AT_ONCE):
-            yield from pool.map(look, paths[start : start + _AT_ONCE], chunksize=chunk)
-
-
-def _facts(path: Path) -> ImageFacts | InputError:
-    try:
-        return inspect_image(path)
-    except InputError as error:
-        return error
-
-
-def _identity(path: Path) -> ImageFacts | InputError:
-    try:
-        return ImageFacts(hashlib.sha256(read_image(path)).hexdigest(), 0, 0)
-    except InputError as error:
-        return error
 
 
 def store_image(image: Image.Image | bytes, folder: Path, where: str) -> str:

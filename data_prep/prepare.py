@@ -8,24 +8,25 @@ a second preparation reads nothing but the data file. `cache/asd/` keeps the ans
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from .asd.conversion import convert
+from .asd.conversion import Converter, convert
 from .asd.endpoint import Endpoint, Picture
 from .asd.llm import Llm
 from .asd.report import make_report
 from .asd.rules import Rules
-from .build import PARTS, Builder, write_task
+from .build import Builder
 from .cache import code_identity, publish, remember, remembered, temporary_folder
 from .errors import InputError
 from .files import hash_json, read_json, write_json
 from .images import ImageFacts
 from .places import settle
-from .readers import Part, is_function, iter_jsonl, source_identity
+from .readers import PARTS, Part, is_function, iter_jsonl, source_identity
+from .sample_file import SampleFile
 from .schema import AsdConfig, PrepareConfig, PreparedTask, Sample, TaskConfig
+from .writing import write_part, write_task
 
 
 def prepare_task(
@@ -102,14 +103,20 @@ def drop_samples(path: Path, drop: dict[Part, set[str]], reason: str, cache: Pat
 
     Raises `InputError` if nothing is left to train or test on.
     """
-    parts: dict[Part, list[Sample]] = {
-        part: [s for s in read_samples(path, part) if s["id"] not in drop.get(part, ())] for part in PARTS
-    }
-    for part in ("train", "test"):
-        if not parts[part] and drop.get(part):
-            raise InputError(f"no sample of the {part} part is left: {reason}", where=read_task(path)["name"])
+    task, parts = read_task(path), dict[Part, Iterable[Sample]]()
+    for part in PARTS:
+        dropped = drop.get(part, set())
+        left = task["counts"][part] - len(dropped)
+        if dropped and not left and part != "validation":
+            raise InputError(f"no sample of the {part} part is left: {reason}", where=task["name"])
+        if left or part != "validation":
+            parts[part] = _without(dropped, iter_samples(path, part))
     notes = [f"{part}: {len(ids)} samples dropped, {reason}" for part, ids in drop.items() if ids]
     return _derive(path, parts, notes, {}, cache)
+
+
+def _without(dropped: Container[str], samples: Iterable[Sample]) -> Iterator[Sample]:
+    return (sample for sample in samples if sample["id"] not in dropped)
 
 
 def _diversify(
@@ -119,24 +126,29 @@ def _diversify(
     key = hash_json({"code": code_identity(), "native": native.name, "asd": asd.identity(), "seed": seed})
     folder = remembered(cache, key)
     if folder is None:
-        parts = {part: read_samples(native, part) for part in PARTS}
-        converter: Callable[..., Rules | Llm] = Rules
+        task = read_task(native)
+        converter: Converter = Rules()
         if asd.converter == "llm":
-            task, images = read_task(native), read_images(native)
+            images = read_images(native)
             pictures = {name: Picture(image_path(native, task, name), facts.sha256) for name, facts in images.items()}
-            converter = partial(Llm, endpoint=Endpoint(asd, cache, show), pictures=pictures)
-        done = convert(parts["train"], asd.fraction, seed, converter, known_formats=known_formats)
-        report, parts["train"] = make_report(done, asd, seed), done.after
+            converter = Llm(Endpoint(asd, cache, show), pictures)
+        done = convert(SampleFile(native / "train.jsonl"), asd.fraction, seed, converter, known_formats=known_formats)
+        report = make_report(done, asd, seed)
+        parts: dict[Part, Iterable[Sample]] = {"train": done.after()}
+        parts |= {part: iter_samples(native, part) for part in PARTS if part != "train" and task["counts"][part]}
         folder = _derive(native, parts, [f"ASD: {report['summary']}"], {"asd_report.json": report}, cache)
         remember(cache, key, folder, [])
     return folder
 
 
-def _derive(path: Path, parts: dict[Part, list[Sample]], notes: list[str], files: dict[str, Any], cache: Path) -> Path:
+def _derive(
+    path: Path, parts: Mapping[Part, Iterable[Sample]], notes: list[str], files: dict[str, Any], cache: Path
+) -> Path:
     """A folder like `path` with other samples; its images are linked (copied across file systems), not shared."""
     task, images = read_task(path), read_images(path)
-    used = {name for rows in parts.values() for sample in rows for name in sample["images"]}
     with temporary_folder(cache) as temporary:
+        written = {part: write_part(temporary, part, samples, images) for part, samples in parts.items()}
+        used = {name for part in written.values() for name in part.images}
         if task["image_root"] == ".":
             for name in used:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
@@ -146,10 +158,6 @@ def _derive(path: Path, parts: dict[Part, list[Sample]], notes: list[str], files
                     shutil.copyfile(path / name, temporary / name)
         for name, value in files.items():
             write_json(temporary / name, value)
-        write_task(
-            temporary,
-            {part: rows for part, rows in parts.items() if rows or part != "validation"},
-            {name: facts for name, facts in images.items() if name in used},
-            {**task, "notes": [*task["notes"], *notes]},
-        )
+        kept = {name: facts for name, facts in images.items() if name in used}
+        write_task(temporary, written, kept, {**task, "notes": [*task["notes"], *notes]})
         return publish(temporary, cache)

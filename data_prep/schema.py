@@ -69,10 +69,19 @@ class TaskConfig(Config):
     layout: str | None = None  # of mcit.data_prep.layouts, or module:function; None: told by the fields of a row
     style: Style | None = None  # inferred from the answers if missing
     reasoning: Reasoning = "none"
-    scorer: str | None = None  # a kind of mcit.eval.scorers or module:function; inferred from the style if missing
+    scorer: str | None = (
+        None  # a kind, a protocol (coin:imagenet) or module:function; inferred from the style if missing
+    )
     reward: str = "same"  # RFT: "same" as the scorer, or module:function
     format: str | None = None  # the format sentence to append to every question, if the data have none
     overrides: dict[str, Any] = Field(default_factory=dict)  # of `train:`, for stages that train this task
+
+
+class AnchorConfig(TaskConfig):
+    """General samples (`anchors:` of a recipe), given like a task: methods see all of them, and none is ever scored."""
+
+    train: str
+    test: Literal[0] = 0
 
 
 class LimitConfig(Config):

@@ -1,6 +1,6 @@
 """Answer styles: the sentence that asks for each, the strict test of whether an answer has the form, and inference.
 
-`parse` is strict and decides a verdict's `format_ok`; `extract` (of `answers.py`) is style-free and decides
+`parse` is strict and decides a verdict's `format_ok`; `extract` (of `extraction.py`) is style-free and decides
 `content_ok`. Free text (`brief`, `detailed`, `caption`) is format-wrong only when empty, so that a scorer, not a word
 count, judges it; `fits` is the structural test for those who need one (inference, ASD, generators).
 """
@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, get_args
 
-from .answers import extract, is_phrase, normalise, read_box, read_number, sentences, split_tags, strip_math
+from .answers import is_phrase, normalise, read_box, read_number, sentences, split_tags, strip_math
+from .extraction import extract
 from .schema import Reasoning, Style
 
 __all__ = [
@@ -80,7 +81,7 @@ _SCORER: dict[Style, str] = {
     "brief": "rouge_l",
     "detailed": "rouge_l",
     "number": "number",
-    "label": "short",
+    "label": "label",
     "latex": "latex",
     "caption": "caption",
     "bbox": "bbox",

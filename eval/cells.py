@@ -89,7 +89,9 @@ def _scoring_code() -> str:
     """The identity of the code that scores. Scoring again costs nothing, since answers are kept apart from scores."""
     folder = Path(__file__).parent
     files = [folder / name for name in ("scorers.py", "scoring.py", "stats.py", "text.py")]
-    return hash_files([*files, *(folder.parent / "data_prep" / name for name in ("styles.py", "answers.py"))], folder)
+    families = [path for name in ("kinds", "protocols") for path in (folder / name).glob("*.py")]
+    reading = [folder.parent / "data_prep" / name for name in ("styles.py", "answers.py")]
+    return hash_files([*files, *families, *reading], folder)
 
 
 def resume(cell: Cell, cache: Path) -> None:
@@ -109,7 +111,7 @@ def open_partial(cell: Cell) -> TextIO:
 
 def finish(cell: Cell, cache: Path) -> float:
     """Score a complete cell, write its files, the marker last, and return the score."""
-    scorer = get_scorer(cell.task["scorer"])
+    scorer = get_scorer(cell.task["scorer"]).for_corpus([sample["references"] for sample in cell.samples])
     rows = []
     for sample in cell.samples:
         answer = cell.answers[sample["id"]]
@@ -136,7 +138,7 @@ def finish(cell: Cell, cache: Path) -> float:
     if not _cached(cache, cell).exists():
         answers = [cell.answers[sample["id"]] for sample in cell.samples]
         write_jsonl(_cached(cache, cell), [{"fingerprint": cell.answers_key, "engine": cell.engine}, *answers])
-    cell_score = aggregate(rows)
+    cell_score = aggregate(rows, scorer)
     marker = {
         "fingerprint": cell.fingerprint,
         **cell_score,

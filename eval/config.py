@@ -7,6 +7,14 @@ from pydantic import Field
 from mcit.data_prep.schema import Config
 
 
+class DuringConfig(Config):
+    """`eval.during:`: what is asked while a stage trains. Which steps follow is `mcit.pipeline.during.due_steps`."""
+
+    dense: int = Field(default=50, ge=0)  # as many first steps of each stage are followed by an evaluation …
+    growth: float = Field(default=1.3, ge=1)  # … then they come at gaps that grow by this factor
+    probes: int = Field(default=64, gt=0)  # test samples asked of each task
+
+
 class EvalConfig(Config):
     """How policies are scored. Generation is greedy."""
 
@@ -20,3 +28,4 @@ class EvalConfig(Config):
     # Largest |log-prob gap| between transformers and vLLM, in nats: of any probe token in float32; in 16 bits, where
     # single improbable tokens differ by tenths in correct code, the mean over all probe tokens.
     parity_tolerance: float = Field(default=0.05, gt=0)
+    during: DuringConfig | None = None  # None: nothing is asked while a stage trains

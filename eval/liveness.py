@@ -141,7 +141,8 @@ def _judge(policy: Policy, engine: str, served: Scores, reference: Scores | None
         "gap_max": None,
         "tolerance": config.parity_tolerance,
     }
-    who = "the base" if serving.kind == "base" else f"stage {serving.stage} ({serving.name})"
+    merged = ", a merged model" if serving.kind == "merged" else ""
+    who = "the base" if serving.kind == "base" else f"stage {serving.stage} ({serving.name}{merged})"
     everything = [*mine, *(reference or {}).get(serving.hash, ())]
     if not all(math.isfinite(value) for scored in everything for value in scored.logprobs):
         result["note"] = f"{who}: some log-probabilities are not finite: broken weights, or too much for {dtype}"

@@ -7,6 +7,7 @@ from typing import Any
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
 
+from .stability import curves_metrics
 from .stats import mean
 
 Matrix = Sequence[Sequence[float | None]]
@@ -81,11 +82,13 @@ def metrics_file(path: Path | str) -> dict[str, float | None]:
     if not isinstance(row0, bool):
         raise InputError("must be true or false", where=path, field="row0")
     try:
-        if isinstance(learned, dict):
-            learned = _in_column_order(learned, content.get("tasks"))
-        return continual_metrics(content["matrix"], learned, row0)
+        columns = _in_column_order(learned, content.get("tasks")) if isinstance(learned, dict) else learned
+        found = continual_metrics(content["matrix"], columns, row0)
     except InputError as error:
         raise InputError(str(error), where=path) from None
+    if "curves" in content and isinstance(learned, dict):  # as a run has them
+        found |= curves_metrics(content["curves"], learned, len(content["matrix"]) - row0)
+    return found
 
 
 def _in_column_order(learned: Mapping[str, Any], tasks: Any) -> list[Any]:

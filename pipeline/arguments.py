@@ -6,15 +6,12 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from mcit.data_prep.errors import InputError
 
 from .layers import nearest
-from .lineage import check_reference
 
 if TYPE_CHECKING:
-    from .recipe import Stage
+    from .recipe import Stage, TrainConfig
     from .stage import Entered
 
 # Arguments of TRL's configs that a recipe may not set, by what to do instead: they follow from the recipe, or would
@@ -78,6 +75,18 @@ def check_stage(stage: "Stage") -> None:
             raise InputError(problem, where="recipe", field=field, remedy=nearest(key, known))
 
 
+def check_reference(train: "TrainConfig") -> None:
+    """Refuse a KL setting that contradicts `train.reference`. Raises `InputError`."""
+    beta = train.rft.args.get("beta", 0)
+    if train.paradigm == "rft" and (train.reference == "none") != (not beta):
+        raise InputError(
+            f"train.reference is `{train.reference}` and beta is {beta}",
+            where="recipe",
+            field="train.rft.args.beta",
+            remedy="Give the KL a weight (MLLM-CTBench 0.04, RFT paper 0.01), or set train.reference: none and beta: 0",
+        )
+
+
 def try_config(stage: "Stage") -> None:
     """Whether TRL takes the values of a stage's arguments. Not in a process that trains: it settles on the CPU."""
     from trl import GRPOConfig, SFTConfig
@@ -95,6 +104,8 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
 
     `own` holds what one paradigm owns beside the rest. Raises `InputError`.
     """
+    import torch  # here: what is checked before any training does not need it
+
     train = entered.stage.train
     args = (train.sft if train.paradigm == "sft" else train.rft).args
     per_device, accumulation = split_batch(
@@ -138,16 +149,17 @@ def _made(config: Callable[..., Any], paradigm: str, settings: Mapping[str, Any]
         raise InputError(str(error).splitlines()[0], where="recipe", field=field) from None
 
 
-def split_batch(global_batch: int, processes: int, per_device: int | None) -> tuple[int, int]:
+def split_batch(global_batch: int, processes: int, per_device: int | None, replayed: int = 0) -> tuple[int, int]:
     """(samples per device and micro-batch, accumulation steps) of a global batch. Raises `InputError` with a remainder.
 
-    Without `per_device`, the largest micro-batch: no accumulation.
+    Without `per_device`, the largest micro-batch: no accumulation. `replayed` samples come on top, and need not divide.
     """
     if global_batch % (processes * (per_device or 1)):
         parts = f"{processes} process{'es' if processes > 1 else ''}" + (f" × {per_device}" if per_device else "")
         raise InputError(f"{global_batch} does not divide by {parts}", where="recipe", field="train.global_batch_size")
-    per_device = per_device or global_batch // processes
-    return per_device, global_batch // (processes * per_device)
+    whole = global_batch + replayed
+    per_device = per_device or -(-whole // processes)
+    return per_device, -(-whole // (processes * per_device))
 
 
 def processes() -> int:

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mcit.data_prep.build import PARTS, give_style
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
-from mcit.data_prep.readers import Part
+from mcit.data_prep.forms import give_style
+from mcit.data_prep.readers import PARTS, Part
 from mcit.data_prep.schema import TaskConfig
+from mcit.data_prep.spool import Record
 from mcit.data_prep.verify.problems import Ref
-from mcit.data_prep.verify.scan import Record, Scan
+from mcit.data_prep.verify.scan import Scan
 
 from .recipe import Recipe, write_recipe
 from .verify import Verified
@@ -81,9 +82,9 @@ def _place(scan: Scan, folder: Path) -> tuple[Path, dict[int, str]]:
     Once some images had no file, all of the task are copied to `folder`, so that there is one image folder.
     """
     numbers = sorted({number for numbers in scan.images.values() for number in numbers})
-    paths = {number: scan.pictures.paths[number] for number in numbers}
+    paths = {number: Path(scan.pictures.paths[number]) for number in numbers}
     if not any(path.is_relative_to(scan.folder) for path in paths.values()):
-        root = Path(os.path.commonpath(scan.builder.roots)) if scan.builder.roots else folder.resolve()
+        root = Path(os.path.commonpath(scan.reader.roots)) if scan.reader.roots else folder.resolve()
         return root, {number: path.relative_to(root).as_posix() for number, path in paths.items()}
     names = {}
     for number, path in paths.items():

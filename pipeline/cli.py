@@ -1,8 +1,14 @@
-"""The `mcit` command. Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 130 interrupted."""
+"""The `mcit` command.
+
+Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 75 asked to stop (by SLURM, say), 130 interrupted.
+"""
 
 import contextlib
+import errno
 import json
+import os
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +38,7 @@ With = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept. Default: runs/<the recipe's name>.")]
 LaunchOption = Annotated[str, typer.Option(help="single, ddp, zero2, zero3, or an accelerate configuration file.")]
-Gpus = Annotated[int | None, typer.Option(min=1, help="Number of training processes.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="Number of training processes, on each node.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -46,15 +52,26 @@ class Converter(StrEnum):
 def main() -> None:
     """Entry point of the console script."""
     from .child import ChildFailed
+    from .preemption import EXIT_CODE, Preempted, preemptible
 
     try:
-        app()
+        with preemptible():
+            app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ChildFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}. Make room and run it again: what is done is kept", file=sys.stderr)
+        sys.exit(2)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 @app.command()
@@ -71,16 +88,26 @@ def run(
 ) -> None:
     """Do everything: prepare, tune each stage, evaluate, report. Again: it continues, and redoes nothing unchanged.
 
+    A recipe with a `sweep` is run under each of its seeds and orders, `sweep={seed: [0, 1, 2]}`.
+
     Example: `mcit run mini/sequential --with sefe seed=1 --run-dir runs/sefe-1`
     """
-    from .run import perform_steps, show_results
+    from .run import perform_steps, show_results, start_run
     from .terminal import Terminal
 
     if print_config:
         print(_configuration(recipe, overrides, with_method), end="")
         return
     terminal = Terminal()
-    current = _start(recipe, overrides, with_method, run_dir, launch, gpus, terminal)
+    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus)
+    if loaded.sweep:
+        from .reports import report as show_report
+        from .sweep import run_sweep, start_sweep
+
+        run_sweep(start_sweep(loaded, directory, launcher, terminal), terminal)
+        show_report([directory], None, terminal)
+        return
+    current = start_run(loaded, directory, launcher, terminal)
     perform_steps(current, current.steps(), terminal)
     show_results(current, terminal)
 
@@ -110,6 +137,7 @@ def train(
     run_dir: RunDir = None,
     launch: LaunchOption = "single",
     gpus: Gpus = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a SLURM job on which `srun` starts this command.")] = 1,
 ) -> None:
     """Train one stage; the stage before must be done.
 
@@ -119,20 +147,28 @@ def train(
     from .terminal import Terminal
 
     terminal = Terminal()
-    train_stage(_start(recipe, overrides, with_method, run_dir, launch, gpus, terminal), stage, terminal)
+    train_stage(_start(recipe, overrides, with_method, run_dir, launch, gpus, terminal, nodes), stage, terminal)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    stage: Annotated[int | None, typer.Option(help="Evaluate this one alone (0: the base), and no more.")] = None,
+) -> None:
     """Evaluate the stages that are done, in the cells that `eval.cells` asks for, and print the matrix.
 
     Example: `mcit eval runs/mini-sefe eval.engine=transformers`
     """
-    from .run import perform_steps, show_results
+    from .run import evaluate_stage, perform_steps, show_results
     from .terminal import Terminal
 
     terminal = Terminal()
     current = _start(recipe, overrides, None, run_dir, "single", None, terminal)
+    if stage is not None:
+        evaluate_stage(current, stage, terminal)
+        return
     perform_steps(current, [current.evaluate(partly=True), current.results(), current.report()], terminal)
     show_results(current, terminal)
 
@@ -144,43 +180,81 @@ def report(
         Path | None, typer.Option(help="Folder to write to. Default: RUN/report; of several, report/ beside the first.")
     ] = None,
 ) -> None:
-    """Write the report page of a run, or of several side by side.
+    """Write the report page of a run or a sweep, or of several side by side, each compared with the first.
 
     Example: `mcit report runs/mini-sequential runs/mini-sefe --out runs/comparison`
     """
-    from mcit.eval.report import old_task_verdicts, write_report
-    from mcit.eval.results import read_results
-
+    from .reports import report as show_report
     from .terminal import Terminal
 
-    terminal, results = Terminal(), [dict(read_results(path)) for path in runs]
-    page = write_report(runs, out or (runs[0].resolve().parent / "report" if len(runs) > 1 else None))
-    for result in results:
-        terminal.results(result, old_task_verdicts(result))
-    if len(results) > 1:
-        terminal.compare([str(path) for path in runs], results)
-    terminal.say(f"report: {page}")
+    show_report(runs, out, Terminal())
 
 
 @app.command()
-def status(run: Annotated[Path, typer.Argument(help="A run directory.")], as_json: AsJson = False) -> None:
-    """Say what is done, running and left.
+def submit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    with_method: With = None,
+    run_dir: RunDir = None,
+    partition: Annotated[str | None, typer.Option(help="Of every job for which the profile names no other.")] = None,
+    account: Annotated[str | None, typer.Option(help="The same.")] = None,
+    time: Annotated[str | None, typer.Option(help="The same: the longest a job may take, as 24:00:00.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="How many train a stage.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="How many train on each; 0: the CPU does.")] = 1,
+    launch: Annotated[str | None, typer.Option(help="As of `mcit run`. Default: single for one GPU, else ddp.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="What the site wants to be told (docs/cluster.md).")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="The same as sweep.seed=[0,1,2].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the job scripts, submit nothing.")] = False,
+) -> None:
+    """Submit what is left of a run to SLURM: the steps of `mcit run` as jobs, each stage evaluated beside the next.
+
+    The runs of a sweep share array jobs.
+
+    Example: `mcit submit coin/sefe data=/data/CoIN --partition gpu --gpus-per-node 8 --launch zero2 --time 24:00:00`
+    """
+    from mcit.slurm.profile import Site, read_profile
+    from mcit.slurm.submit import submit as submit_jobs
+
+    from .terminal import Terminal
+
+    options = {"partition": partition, "account": account, "time": time}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    site = Site(read_profile(profile), given, nodes, gpus_per_node, launch)
+    swept = [*(overrides or ()), *([f"sweep.seed=[{seeds}]"] if seeds else ())]
+    loaded, directory, _ = _found(recipe, swept, with_method, run_dir, "single", None)
+    submit_jobs(loaded, directory, site, Terminal(), dry_run)
+
+
+@app.command()
+def cancel(run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")]) -> None:
+    """Cancel the SLURM jobs of a run that are queued or running; what is done stays done.
+
+    Example: `mcit cancel runs/coin-sefe`
+    """
+    from mcit.slurm.status import cancel as cancel_jobs
+
+    from .terminal import Terminal
+
+    cancel_jobs(run, Terminal())
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")], as_json: AsJson = False
+) -> None:
+    """Say what is done, running and left, and where its SLURM jobs are.
 
     Example: `mcit status runs/mini-sefe`
     """
-    from .status import read_run, run_status
+    from mcit.slurm.status import full_status
+
     from .terminal import Terminal
 
-    found = run_status(read_run(run))
+    found = full_status(run)
     if as_json:
         _print_json(found)
-        return
-    terminal = Terminal()
-    for step in found["steps"]:
-        owner = step["owner"]
-        by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
-        seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
-        terminal.say(f"{step['state']:8}{step['title']}{seconds}{by}", "" if step["state"] == "done" else "bold")
+    else:
+        Terminal().status(found)
 
 
 @app.command()
@@ -243,17 +317,24 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def metrics(matrix: Annotated[Path, typer.Argument(metavar="MATRIX.json", help="Or a run's results.json.")]) -> None:
+def metrics(
+    matrix: Annotated[Path, typer.Argument(metavar="MATRIX.json", help="Or the folder of a run or of a sweep.")],
+) -> None:
     """Print all continual-learning metrics of a score matrix as one JSON object.
 
     The file holds `{"matrix": [[…]]}`: rows are stages, columns tasks, scores 0–100; `"row0": true` when the first row
-    is the base; optionally `learned`, the stage that first trained each task.
+    is the base; optionally `learned`, the stage that first trained each task. Of a sweep: means with intervals.
 
     Example: `mcit metrics matrix.json`
     """
     from mcit.eval.metrics import metrics_file
 
-    _print_json(metrics_file(matrix))
+    if matrix.is_dir():
+        from mcit.eval.sweep import is_sweep, read_sweep
+
+        _print_json(read_sweep(matrix)["metrics"] if is_sweep(matrix) else metrics_file(matrix / "results.json"))
+    else:
+        _print_json(metrics_file(matrix))
 
 
 @app.command()
@@ -262,15 +343,25 @@ def score(
     predictions: Annotated[
         Path, typer.Argument(metavar="PREDICTIONS.jsonl", help="Per line: id, response, references.")
     ],
-    per_sample: Annotated[Path | None, typer.Option(help="Also write each line with its score here.")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(metavar="FAMILY:TASK", help="Score as a published script does: coin:imagenet.")
+    ] = None,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="TEST.jsonl", help="A prepared test part: every sample must be answered.")
+    ] = None,
+    per_sample: Annotated[
+        Path | None, typer.Option(metavar="OUT.jsonl", help="Also write each line with its score here.")
+    ] = None,
 ) -> None:
     """Score predictions that were made elsewhere; prints one JSON object with score, n and stderr.
 
-    Example: `mcit score mcq predictions.jsonl --per-sample scored.jsonl`
-    """
-    from mcit.eval.scoring import score_file
+    Kinds and protocols are listed in docs/evaluation.md. Beside a protocol's score stands that of the kind.
 
-    _print_json(score_file(kind, predictions, per_sample))
+    Example: `mcit score short predictions.jsonl --protocol coin:imagenet --per-sample scored.jsonl`
+    """
+    from mcit.eval.predictions import score_file
+
+    _print_json(score_file(kind, predictions, protocol=protocol, samples=samples, per_sample=per_sample))
 
 
 @app.command()
@@ -290,6 +381,51 @@ def show(
     from .terminal import Terminal
 
     show_stage(load_recipe(recipe, overrides or (), with_method or ()), stage, n, Terminal())
+
+
+@app.command()
+def ask(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    question: Annotated[str, typer.Argument(help="As the model is to read it, format sentence and options included.")],
+    image: Annotated[list[Path] | None, typer.Option(help="An image; several if repeated.")] = None,
+    stage: Annotated[list[int] | None, typer.Option(help="0 is the base; several if repeated. Default: all.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Recipe keys to change: eval.engine=vllm.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Ask the policies of several stages one question, side by side.
+
+    Example: `mcit ask runs/mini-sefe "Is there a red circle? Answer yes or no." --image x.png --stage 0 --stage 5`
+    """
+    from rich.console import Console
+
+    from mcit.eval.ask import ask as ask_policies
+    from mcit.eval.ask import read_policies
+
+    from .recipe import load_recipe
+    from .terminal import Terminal
+
+    # What libraries remark while an engine starts goes into a log elsewhere; here it would bury the answer.
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    policies = read_policies(run, stage or ())
+    config = load_recipe(run, overrides or (), check_methods=False).eval
+    terminal = Terminal(Console(stderr=True, highlight=False, soft_wrap=True) if as_json else None)
+    with terminal.working("ask") as show:
+        answers = ask_policies(policies, question, image or (), config, show)
+    if as_json:
+        _print_json([answer._asdict() for answer in answers])
+        return
+    rows = [
+        (
+            f"{a.stage} {a.name}",
+            a.answer if a.finished else f"{a.answer} … (cut off)",
+            "" if a.probability is None else f"{a.probability:.2f}",
+        )
+        for a in answers
+    ]
+    terminal.table(question, ("policy of stage", "answer", "its probability"), rows)
 
 
 @app.command()
@@ -408,6 +544,24 @@ def verify(
         raise typer.Exit(2)
 
 
+def _found(
+    recipe: str,
+    overrides: list[str] | None,
+    with_method: list[str] | None,
+    run_dir: Path | None,
+    launch: str,
+    gpus: int | None,
+    nodes: int = 1,
+) -> tuple[Any, Path, Any]:
+    """The recipe, directory and launch that the arguments mean: a run directory is taken up where it is."""
+    from .recipe import load_recipe
+    from .step import Launch
+
+    loaded = load_recipe(recipe, overrides or (), with_method or ())
+    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
+    return loaded, directory, Launch.named(launch, gpus, nodes)
+
+
 def _start(
     recipe: str,
     overrides: list[str] | None,
@@ -416,21 +570,24 @@ def _start(
     launch: str,
     gpus: int | None,
     terminal: Any,
+    nodes: int = 1,
 ) -> Any:
-    """The run that the arguments mean: a run directory given as the recipe is taken up where it is."""
-    from .recipe import load_recipe
+    """The run that the arguments mean, for commands that do one step of it."""
+    from .orders import members
     from .run import start_run
-    from .step import Launch
 
-    loaded = load_recipe(recipe, overrides or (), with_method or ())
-    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
-    return start_run(loaded, directory, Launch.named(launch, gpus), terminal)
+    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus, nodes)
+    if loaded.sweep:
+        first, *others = members(loaded)
+        remedy = f"Name the folder of one ({directory / first.name}), or add sweep=null; `mcit run` runs all"
+        raise InputError(f"is a sweep of {len(others) + 1} runs", where=recipe, field="sweep", remedy=remedy)
+    return start_run(loaded, directory, launcher, terminal)
 
 
 def _configuration(recipe: str, overrides: list[str] | None, with_method: list[str] | None) -> str:
     """The resolved recipe, and as a second YAML document what each stage resolves to."""
-    from .layers import to_yaml
     from .recipe import dump_recipe, load_recipe
+    from .recipe_yaml import to_yaml
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
     stages = [

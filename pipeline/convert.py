@@ -12,12 +12,13 @@ from mcit.data_prep.asd.report import make_report
 from mcit.data_prep.asd.rules import Rules
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json, write_jsonl
-from mcit.data_prep.prepare import prepare_task, read_samples, read_task
-from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, TaskConfig
+from mcit.data_prep.prepare import iter_samples, prepare_task, read_task
+from mcit.data_prep.sample_file import SampleFile
+from mcit.data_prep.schema import AsdConfig, LimitConfig, PrepareConfig, Sample, TaskConfig
 from mcit.data_prep.styles import default_scorer
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scorers import get_scorer
-from mcit.eval.scoring import score_response
+from mcit.eval.scoring import score_gold
 
 
 def asd_settings(**options: Any) -> AsdConfig:
@@ -42,18 +43,18 @@ def convert_file(
     task = TaskConfig(  # as its own test set: nothing is split off
         name="asd", train=str(source), test=str(source), images=str(images.resolve()) if images else None
     )
+    one = LimitConfig(test=1)  # which nobody looks at
     folder = prepare_task(
-        task, PrepareConfig(), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
+        task, PrepareConfig(limit=one), seed=seed, asd=asd, base_dir=source.parent, cache=cache_dir(), show=show
     )
     if read_task(folder)["image_root"] == "." and (folder / "images").is_dir():
         shutil.copytree(folder / "images", target.parent / "images", dirs_exist_ok=True)
-    samples = read_samples(folder, "train")
     if asd.fraction:
         report = read_json(folder / "asd_report.json")
     else:
-        report = make_report(convert(samples, 0, seed, Rules), asd, seed)
-    report["validation"] = validate(sample for sample in samples if "asd" in sample.get("meta", {}))
-    write_jsonl(target, samples)
+        report = make_report(convert(SampleFile(folder / "train.jsonl"), 0, seed, Rules()), asd, seed)
+    report["validation"] = validate(sample for sample in iter_samples(folder, "train") if "asd" in sample["meta"])
+    write_jsonl(target, iter_samples(folder, "train"))
     write_json(target.with_name(f"{target.name}.report.json"), report)
     return report
 
@@ -66,6 +67,6 @@ def validate(converted: Iterable[Sample]) -> dict[str, Any]:
     verdicts = {}
     for sample in converted:
         scorer = get_scorer(default_scorer(sample["style"], len(sample["references"])))
-        score = score_response(sample, sample["completion"][-1]["content"], scorer)
+        score = score_gold(sample, scorer)
         verdicts[sample["id"]] = score["verdict"] if score["score"] == 100 else f"{score['verdict']}, {score['score']}"
     return {"checked": len(verdicts), "failed": {key: found for key, found in verdicts.items() if found != "correct"}}

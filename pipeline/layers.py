@@ -8,54 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import mcit.recipes
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_text
 
+from .recipe_yaml import parse_yaml
 from .tasks import inherited, place_tasks, resolve_paths, tasks_of
 
 RECIPES = Path(mcit.recipes.__file__).parent
 COMMAND_LINE = "command line"
 
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # module:function
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2's core types (`2e-4` is a number; `no`, `1:30` and dates are text); a key given twice is refused."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012 (PyYAML's name)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key.value}` is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", list("-+0123456789")),  # PyYAML would read 010 as octal
-    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
-):
-    RecipeLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-class _RecipeDumper(yaml.SafeDumper):
-    """Quotes exactly what `RecipeLoader` would not read back as text."""
-
-    yaml_implicit_resolvers = RecipeLoader.yaml_implicit_resolvers
-
-
-def to_yaml(value: Any) -> str:
-    """Plain data as YAML text that `RecipeLoader` reads back the same, keys in their own order."""
-    return yaml.dump(value, Dumper=_RecipeDumper, sort_keys=False, allow_unicode=True, width=119)
 
 
 @dataclass
@@ -123,6 +86,7 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
         _override(layers, override)
         _expand_stream(layers, path)
     place_tasks(layers.values)
+    place_tasks({"stream": layers.values.get("anchors")})
     return layers
 
 
@@ -153,18 +117,6 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(layer, dict):
         raise InputError("is not a mapping of keys", where=path, remedy="A recipe starts with `name: …`")
     return layer
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text. Raises `InputError`."""
-    try:
-        return yaml.load(text, RecipeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f"{where}:{mark.line + 1}:{mark.column + 1}" if mark else where
-        raise InputError(f"malformed YAML: {error.problem}", where=place) from None
-    except yaml.YAMLError as error:
-        raise InputError(f"malformed YAML: {error}", where=where) from None
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

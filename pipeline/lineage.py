@@ -140,18 +140,6 @@ def fold(model: nn.Module, past: Adapter) -> None:
         weight.copy_((weight.float() + factors.delta().to(weight.device)).to(weight.dtype))
 
 
-def check_reference(train: "TrainConfig") -> None:
-    """Refuse a KL setting that contradicts `train.reference`. Raises `InputError`."""
-    beta = train.rft.args.get("beta", 0)
-    if train.paradigm == "rft" and (train.reference == "none") != (not beta):
-        raise InputError(
-            f"train.reference is `{train.reference}` and beta is {beta}",
-            where="recipe",
-            field="train.rft.args.beta",
-            remedy="Give the KL a weight (MLLM-CTBench 0.04, RFT paper 0.01), or set train.reference: none and beta: 0",
-        )
-
-
 def set_reference(model: PeftModel, previous: Path | None, train: "TrainConfig") -> None:
     """Make TRL's reference pass see `train.reference`. Call it when `GRPOTrainer` is built and `beta` is not 0.
 

@@ -6,7 +6,8 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.hub import is_hub
 from mcit.data_prep.schema import TaskConfig
 
-from .layers import RECIPES, nearest, parse_yaml
+from .layers import RECIPES, nearest
+from .recipe_yaml import parse_yaml
 from .tasks import place_tasks
 
 

@@ -6,15 +6,18 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open
-from mcit.data_prep.schema import AsdConfig, Config, PrepareConfig, TaskConfig
+from mcit.data_prep.schema import AnchorConfig, AsdConfig, Config, PrepareConfig, TaskConfig
 from mcit.eval.config import EvalConfig
-from mcit.pipeline.layers import Layers, nearest, read_layers, to_yaml
+from mcit.pipeline.layers import Layers, nearest, read_layers
+from mcit.pipeline.orders import SweepConfig, members, resolve_orders
+from mcit.pipeline.recipe_yaml import to_yaml
+from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
 
 Lineage = Literal["continue", "stack", "fold", "independent"]
@@ -121,11 +124,13 @@ class Recipe(Config):
     data: str | None = None  # the folder, or hub:owner/name[@revision], that the paths of a packaged stream are in
     stream: list[_Entry] = Field(min_length=1)
     recur: RecurConfig | None = None  # the stages are drawn from the stream, under the seed
+    anchors: list[AnchorConfig] = Field(default_factory=list)  # general samples, of methods that keep general data
     blur: float = Field(default=0.0, ge=0, lt=1)  # the share of each task's samples that other stages train
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    sweep: SweepConfig | None = None  # run several times, under other seeds and orders of the tasks
     folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for
 
     @property
@@ -143,6 +148,11 @@ class Recipe(Config):
     def tasks(self) -> list[TaskConfig]:
         """The distinct tasks in the order of their first stage: the columns of the matrix."""
         return [task for entry in self.entries for task in entry if isinstance(task, TaskConfig)]
+
+    @property
+    def sources(self) -> list[TaskConfig]:
+        """Whatever is prepared: the distinct tasks, and the anchor samples."""
+        return [*self.tasks, *self.anchors]
 
     @property
     def stages(self) -> list[Stage]:
@@ -170,8 +180,9 @@ class Recipe(Config):
         return next(task for task in self.tasks if task.name == name)
 
     def max_length(self, name: str) -> int | None:
-        """The tokens that fit in every stage that trains a task; None: only the model's context limits them."""
-        limits = [stage.train.max_length for stage in self.stages if name in (*stage.tasks, *stage.visitors)]
+        """The tokens that fit in every stage that sees a task or anchor; None: only the model's context limits them."""
+        anchors = [anchor.name for anchor in self.anchors]
+        limits = [stage.train.max_length for stage in self.stages if name in (*stage.tasks, *stage.visitors, *anchors)]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _stage(self, k: int, entry: list[TaskConfig | str]) -> Stage:
@@ -188,7 +199,7 @@ class Recipe(Config):
             visitors = tuple(task.name for task in self.tasks if task.name not in names) if self.blur else ()
             return Stage(k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True), visitors)
         except ValidationError as error:
-            raise _input_error(error, TrainConfig, train) from None
+            raise refusal(error, TrainConfig, train) from None
 
 
 def load_recipe(
@@ -205,24 +216,43 @@ def load_recipe(
     Raises `InputError` with the file and the dotted key of the first thing that is wrong.
     """
     layers = read_layers(name, overrides, with_methods)
+    resolve_orders(layers)
     try:
         recipe = Recipe.model_validate(layers.values, strict=True)
     except ValidationError as error:
-        raise _input_error(error, Recipe, layers) from None
+        raise refusal(error, Recipe, layers) from None
     sys.path += [folder for folder in (recipe.folder, os.getcwd()) if folder not in sys.path]
     with _located(layers.origin(("recur",))):
         _ = recipe.entries
     _check_names(recipe, layers)
     with _located(layers.origin(("stream",))):
         stages = recipe.stages  # a task's overrides are checked here, not when its stage's turn comes
-    if recipe.method and check_methods:
+    if recipe.sweep:
+        with _located(layers.origin(("sweep",))):
+            stages += [stage for member in members(recipe) for stage in member.recipe.stages]
+    if check_methods:
+        with _located(layers.origin(("method",))):
+            _settle_methods(recipe, stages)
+    return recipe
+
+
+def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    """Check and write out the methods, in place; anchor samples that none of them asks for are left out."""
+    keeps = set[str]()
+    if recipe.method:
         from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
 
-        with _located(layers.origin(("method",))):
-            recipe.method = expand(recipe.method)
-            for stage in stages:
-                build_methods(recipe.method, stage.train)
-    return recipe
+        recipe.method = expand(recipe.method)
+        keeps = {method.keeps for stage in stages for method in build_methods(recipe.method, stage.train)}
+    if "general data" not in keeps:
+        recipe.anchors = []
+    elif not recipe.anchors:
+        raise InputError(
+            "a method keeps general data, and the recipe names none",
+            where="recipe",
+            field="anchors",
+            remedy="List data sets as in a stream: anchors: [{name: general, train: general.jsonl, images: pictures/}]",
+        )
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -246,7 +276,7 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _check_names(recipe: Recipe, layers: Layers) -> None:
-    """Every task is defined once, before its name is used, and trained at most once in a stage."""
+    """Every task is defined once, before its name is used, and trained at most once in a stage; anchors, too, once."""
     where, defined = layers.origin(("stream",)), set[str]()
     for index, entry in enumerate(recipe.entries):
         names = [task if isinstance(task, str) else task.name for task in entry]
@@ -270,48 +300,11 @@ def _check_names(recipe: Recipe, layers: Layers) -> None:
             if names.count(name) > 1:
                 raise InputError(f"{name} stands twice in one stage", where=where, field=f"stream.{index}")
             defined.add(name)
-
-
-def _input_error(error: ValidationError, model: type[Config], layers: Layers) -> InputError:
-    """The first error as one line: the file that wrote the key, the key, what is wrong, the nearest known key."""
-    problems = error.errors(include_url=False)
-    first = min(problems, key=lambda problem: problem["type"] != "extra_forbidden")  # a typo explains what is missing
-    keys = [key for key in first["loc"] if not str(key).startswith("<")]
-    known = _known_keys(model, first["loc"])
-    where, dotted = layers.origin(keys), _dotted(keys, layers.values)
-    if first["type"] == "extra_forbidden":
-        return InputError("unknown key", where=where, field=dotted, remedy=nearest(str(keys[-1]), known))
-    if first["type"] == "missing":
-        return InputError("is missing", where=where, field=dotted)
-    shown = "" if isinstance(first["input"], (dict, list)) else f", not {first['input']!r}"
-    return InputError(f"{first['msg']}{shown}", where=where, field=dotted)
-
-
-def _known_keys(model: type[Config], loc: tuple[Any, ...]) -> list[str]:
-    """The keys that would be right beside the last one of `loc`."""
-    for key in loc[:-1]:
-        if isinstance(key, str) and key in model.model_fields:
-            model = next(_sections(model.model_fields[key].annotation), model)
-    return list(model.model_fields)
-
-
-def _sections(annotation: Any) -> Iterator[type[Config]]:
-    """The recipe sections inside a type, e.g. TaskConfig in list[TaskConfig | str]."""
-    if isinstance(annotation, type) and issubclass(annotation, Config):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)
-
-
-def _dotted(keys: list[Any], values: Any) -> str:
-    """`("stream", 0, "train")` → `stream.digits.train`, with a task's name for its place where it has one."""
-    parts = []
-    for key in keys:
-        with contextlib.suppress(LookupError, TypeError):
-            values = values[key]
-        named = isinstance(key, int) and isinstance(values, dict) and isinstance(values.get("name"), str)
-        parts.append(values["name"] if named else str(key))
-    return ".".join(parts)
+    for anchor in recipe.anchors:
+        if anchor.name in defined:
+            problem = f"the name {anchor.name} is taken"
+            raise InputError(problem, where=layers.origin(("anchors",)), field=f"anchors.{anchor.name}")
+        defined.add(anchor.name)
 
 
 def _leaves(mapping: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -13,6 +13,7 @@ from mcit.data_prep.readers import is_function, source_files
 from mcit.eval.hashing import hub_commit
 from mcit.eval.results import read_results
 
+from .arguments import split_batch
 from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
@@ -24,19 +25,36 @@ from .terminal import Terminal
 
 
 def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> Run:
-    """Make or take up a run directory: the base model's revision is pinned, recipe and environment are written."""
-    _check_files(recipe)
-    _check_batches(recipe, launch)
-    recipe.base_model = _pinned(recipe.base_model, run_dir)
-    _pin_data(recipe, run_dir)
-    run, before = Run(recipe, run_dir.resolve(), launch), _recipe_before(run_dir)
+    """Make or take up the directory of a run. Raises `InputError`."""
+    take_up(recipe, run_dir, launch, terminal)
+    return Run(recipe, run_dir.resolve(), launch)
+
+
+def take_up(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> None:
+    """Settle a recipe and write it. Raises `InputError`."""
+    before = settle(recipe, run_dir, launch)
     if before and before.get("name") != recipe.name:
         terminal.say(
             f"{run_dir} was made by the recipe {before.get('name')}: what fits {recipe.name} is kept", "yellow"
         )
     if before != dump_recipe(recipe):
-        write_recipe(recipe, run.dir / "recipe.yaml")
-    return run
+        write_recipe(recipe, run_dir.resolve() / "recipe.yaml")
+
+
+def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | None:
+    """Check what can be checked, and pin in `recipe` what comes from the Hub; writes nothing.
+
+    Returns the recipe that the directory holds so far. Raises `InputError`, also where a run and a sweep would mix.
+    """
+    before = _recipe_before(run_dir)
+    if before and bool(before.get("sweep")) != bool(recipe.sweep):
+        kinds = ("a sweep", "a run of its own") if recipe.sweep is None else ("a run of its own", "a sweep")
+        raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
+    _check_files(recipe)
+    _check_batches(recipe, launch)
+    recipe.base_model = _pinned(recipe.base_model, run_dir)
+    _pin_data(recipe, run_dir)
+    return before
 
 
 def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
@@ -54,14 +72,33 @@ def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
 
 
 def train_stage(run: Run, k: int, terminal: Terminal) -> None:
-    """Prepare what stage `k` needs and train it. Raises `InputError` if the stage before is not done."""
+    """Prepare what stage `k` needs and train it. Raises `InputError` if the stage before is not done.
+
+    On several nodes, node 0 does this, and the others start their share of the training.
+    """
     stages = run.training()
     if not 1 <= k <= len(stages):
         raise InputError(f"the stream has stages 1 to {len(stages)}", where=run.recipe.name, field="--stage")
+    if run.launch.rank:
+        with terminal.working(f"node {run.launch.rank}") as show:
+            run.assist(run.recipe.stages[k - 1], show)
+        return
     perform_steps(run, run.preparation(), terminal)
     if k > 1 and not stages[k - 2].done():
         raise InputError(f"stage {k - 1} is not done", where=run.dir, remedy=f"Train it first: --stage {k - 1}")
     perform_steps(run, [stages[k - 1]], terminal)
+
+
+def evaluate_stage(run: Run, k: int, terminal: Terminal) -> None:
+    """Evaluate stage `k` alone, beside whatever else the run does. Raises `InputError` if it is not trained."""
+    if k not in run.rows():
+        problem, remedy = f"{run.recipe.eval.cells} has no cell of stage {k}", f"It has cells of {run.rows()}"
+        raise InputError(problem, where=run.recipe.name, field="eval.cells", remedy=remedy)
+    step = run.evaluate(row=k)
+    if step.inputs() is None:
+        before = f"mcit train {run.dir} --stage {k}" if k else f"mcit prepare {run.dir}"
+        raise InputError(f"stage {k} is not done", where=run.dir, remedy=f"First: `{before}`")
+    perform_steps(run, [step], terminal)
 
 
 def show_results(run: Run, terminal: Terminal) -> None:
@@ -75,9 +112,10 @@ def show_results(run: Run, terminal: Terminal) -> None:
 
 def _check_files(recipe: Recipe) -> None:
     """Refuse missing data files before anything is written; what is on the Hub is looked for when it is fetched."""
-    for task in recipe.tasks:
+    for task in recipe.sources:
+        section = "anchors" if task in recipe.anchors else "stream"
         for key in PATHS:
-            source, field = getattr(task, key), f"stream.{task.name}.{key}"
+            source, field = getattr(task, key), f"{section}.{task.name}.{key}"
             if task.data is not None or not isinstance(source, str) or is_function(source):
                 continue
             if not Path(source).is_absolute():
@@ -97,8 +135,6 @@ def _check_batches(recipe: Recipe, launch: Launch) -> None:
         args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
         per_device = args.get("per_device_train_batch_size")
         if per_device or launch.processes > 1:
-            from .arguments import split_batch  # here: needs torch
-
             split_batch(stage.train.global_batch_size, launch.processes, per_device)
 
 
@@ -114,9 +150,11 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
 def _pin_data(recipe: Recipe, run_dir: Path) -> None:
     """Name the commit of every dataset on the Hub, so that a run keeps to the data that it began with."""
-    before = {task.get("name"): task.get("data") for task in tasks_of((_recipe_before(run_dir) or {}).get("stream"))}
+    recipe_before = _recipe_before(run_dir) or {}
+    tasks_before = (*tasks_of(recipe_before.get("stream")), *tasks_of(recipe_before.get("anchors")))
+    before = {task.get("name"): task.get("data") for task in tasks_before}
     pinned: dict[str, str] = {}
-    for task in recipe.tasks:
+    for task in recipe.sources:
         if task.data is None:
             continue
         earlier = before.get(task.name)
@@ -140,10 +178,11 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         counts = ", ".join(f"{count} {part}" for part, count in task["counts"].items() if count)
         return [f"{counts}; {task['style']}, scored by {task['scorer']}", *task["notes"]]
     if step.name.startswith("train/"):
-        trained = marker["trained"]
-        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}"]
+        trained, during = marker["trained"], marker["trained"].get("during")
+        asked = f", {during['seconds']:.1f} s of it for {during['evaluations']} evaluations" if during else ""
+        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
-    if step.name == "evaluate":
+    if step.name.startswith("evaluate"):
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

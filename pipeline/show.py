@@ -13,9 +13,10 @@ from mcit.data_prep.prepare import image_path, prepare_task, read_samples, read_
 from mcit.data_prep.schema import AsdConfig, PreparedTask, Sample
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scorers import get_scorer
-from mcit.eval.scoring import Score, score_response
+from mcit.eval.scoring import Score, score_gold
 
 from .recipe import Recipe
+from .schedule import trained_in
 from .terminal import Terminal
 
 
@@ -35,12 +36,14 @@ class Shown(NamedTuple):
     images: list[tuple[str, tuple[int, int], int | None]]  # path, (width, height) in pixels, tokens
     native: Sample | None  # the sample before ASD, if ASD changed it
     gold: Score  # what the gold answer scores
+    visits: bool  # whether its task is not one of the stage's own (`blur`)
 
 
 def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
-    """`n` samples of each task of stage `k`, half of them converted ones if ASD acts; data are prepared if need be.
+    """`n` of the samples that stage `k` trains of each task, half of them converted ones if ASD acts.
 
-    Raises `InputError`.
+    The stage's own tasks come first, then those of which samples visit it. Data are prepared if need be. Raises
+    `InputError`.
     """
     from .collator import Collator  # here: these need torch and transformers
     from .stage import load_processor
@@ -49,8 +52,9 @@ def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
         raise InputError(f"the stream has stages 1 to {len(recipe.stages)}", where=recipe.name, field="--stage")
     stage = recipe.stages[k - 1]
     processor, shown = load_processor(recipe.base_model), []
-    for name in stage.tasks:
-        folder, task, samples = _prepared(recipe, name, recipe.asd)
+    for name in (*stage.tasks, *stage.visitors):
+        folder, task, every = _prepared(recipe, name, recipe.asd)
+        samples = trained_in(every, k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed)
         native = {sample["id"]: sample for sample in _prepared(recipe, name, None)[2]} if recipe.asd else {}
         converted = [sample for sample in samples if "asd" in sample.get("meta", {})][: (n + 1) // 2]
         rest = [sample for sample in samples if sample not in converted][: n - len(converted)]
@@ -61,13 +65,17 @@ def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
             before = native.get(sample["id"]) if sample in converted else None
             reward = stage.train.paradigm == "rft" and task["reward"] != "same"
             scorer = get_scorer(task["reward"] if reward else task["scorer"])
-            gold = score_response(sample, sample["completion"][-1]["content"], scorer)
-            shown.append(_shown(placed, collator, processor, before, gold))
+            gold = score_gold(sample, scorer)
+            spans, images = _as_the_model_gets_it(placed, collator, processor)
+            shown.append(Shown(placed, spans, images, before, gold, name in stage.visitors))
     return shown
 
 
 def show_stage(recipe: Recipe, k: int, n: int, terminal: Terminal) -> None:
-    """Print `n` samples of each task of stage `k`. Tokens with loss are coloured, or [[marked]] without a terminal."""
+    """Print `n` of the samples that stage `k` trains of each task.
+
+    Tokens with loss are coloured, or [[marked]] without a terminal.
+    """
     samples = read_stage(recipe, k, n)
     learned = "with loss"
     if recipe.stages[k - 1].train.paradigm == "rft":
@@ -76,9 +84,9 @@ def show_stage(recipe: Recipe, k: int, n: int, terminal: Terminal) -> None:
         sample, spans = shown.sample, shown.spans
         trained = sum(span.tokens for span in spans if span.loss)
         total = sum(span.tokens for span in spans)
-        terminal.say(
-            f"── {sample['task']} {sample['id']} · {sample['style']} · {total} tokens, {trained} {learned}", "bold"
-        )
+        visits = " · visits this stage" if shown.visits else ""
+        title = f"── {sample['task']} {sample['id']}{visits} · {sample['style']} · {total} tokens, {trained} {learned}"
+        terminal.say(title, "bold")
         for path, (width, height), tokens in shown.images:
             terminal.say(f"image {path}  {width}×{height}" + (f", {tokens} tokens" if tokens is not None else ""))
         if shown.native:
@@ -96,11 +104,14 @@ def _prepared(recipe: Recipe, name: str, asd: AsdConfig | None) -> tuple[Path, P
     return folder, read_task(folder), read_samples(folder, "train")
 
 
-def _shown(sample: Sample, collator: Any, processor: Any, native: Sample | None, gold: Score) -> Shown:
-    batch = collator.collate([sample])
-    tokens = list(zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True))
+def _as_the_model_gets_it(
+    sample: Sample, collator: Any, processor: Any
+) -> tuple[list[Span], list[tuple[str, tuple[int, int], int | None]]]:
+    """The spans of a sample's tokens, and its images (see `Shown`)."""
     from .collator import IGNORED
 
+    batch = collator.collate([sample])
+    tokens = list(zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True))
     image_token = getattr(processor, "image_token_id", None)
     spans, runs = [], []
     for loss, group in groupby(tokens, key=lambda token: token[1] != IGNORED):
@@ -112,7 +123,7 @@ def _shown(sample: Sample, collator: Any, processor: Any, native: Sample | None,
         spans.append(Span(text, len(ids), loss))
     counts = runs if len(runs) == len(sample["images"]) else [None] * len(sample["images"])
     images = [(path, open_image(path).size, count) for path, count in zip(sample["images"], counts, strict=True)]
-    return Shown(sample, spans, images, native, gold)
+    return spans, images
 
 
 def _text(spans: list[Span], colour: bool) -> Text:

@@ -13,30 +13,36 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
+from trl.models import prepare_deepspeed
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json, write_jsonl
 from mcit.data_prep.prepare import image_path, read_samples, read_task
+from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import PreparedTask, Sample
+from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, read_serving, write_serving
 
-from .adapters import hash_adapter, lora_layers, rank, save_adapter
-from .arguments import check_stage, processes
+from .adapters import Adapter, hash_adapter, rank, save_adapter
+from .arguments import check_stage, deepspeed, processes
+from .collator import Collator
+from .during import During, choose_probes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
+from .replay import Replays
 from .schedule import trained_in
-from .trainer import FiniteLoss, ReallyDistributed
+from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
 from .zero3 import keep_whole
 
 if TYPE_CHECKING:
-    from peft import PeftModel
     from transformers import Trainer
 
 
@@ -47,14 +53,27 @@ class Entered:
     recipe: Recipe
     stage: Stage
     seed: int
-    model: "PeftModel"
+    model: Any  # a PeftModel, or what a method that carries the policy has made of the base
     processor: Any
     samples: list[Sample]  # image paths absolute
+    replays: Replays  # these, and what methods see beside them
     tasks: dict[str, PreparedTask]
+    anchors: dict[str, PreparedTask]
     max_length: int  # tokens
+    before: Serving  # how the stage before is served
     previous: Path | None  # the entering policy's adapter folder; None for the base
     output_dir: Path
     callbacks: list[TrainerCallback]
+
+    @property
+    def enters_base(self) -> bool:
+        """Whether the policy that the stage begins with is the untouched base; a fresh LoRA changes nothing."""
+        return self.before.kind == "base" or self.stage.train.lineage == "independent"
+
+    def load_base(self, accelerator: Any) -> Any:
+        """The untouched base once more, on the accelerator's devices, to be looked at."""
+        base = load_model(self.recipe.base_model)
+        return prepare_deepspeed(base, accelerator).module if deepspeed() else base.to(accelerator.device)
 
 
 MakeTrainer = Callable[[Entered], "Trainer"]
@@ -117,11 +136,13 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     stages = run_dir / "stages"
     before_dir = stages / (recipe.stages[k - 2].folder if k > 1 else "00-base")
     before = read_serving(before_dir)
-    if before.kind == "merged":
+    methods = build_methods(recipe.method, stage.train)
+    carrier = next((method for method in methods if method.carries), None)
+    if before.kind == "merged" and carrier is None:
         raise InputError(
             "is a merged model, and a stage starts from the base or an adapter on it", where=before_dir / "serving.json"
         )
-    previous = before_dir / before.path if before.path else None
+    previous = before_dir / before.path if before.kind == "adapter" and before.path else None
     output = stages / f".{stage.folder}.partial"
 
     tasks = {name: read_task(run_dir / "data" / name) for name in (*stage.tasks, *stage.visitors)}
@@ -129,12 +150,19 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         sample
         for name, task in tasks.items()
         for sample in trained_in(
-            _samples(run_dir / "data" / name, task), k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed
+            _samples(run_dir / "data" / name, task, "train"),
+            k,
+            recipe.homes(name),
+            len(recipe.stages),
+            recipe.blur,
+            recipe.seed,
         )
     ]
-    methods = build_methods(recipe.method, stage.train)
+    anchors = {anchor.name: read_task(run_dir / "data" / anchor.name) for anchor in recipe.anchors}
+    general = [one for name, task in anchors.items() for one in _samples(run_dir / "data" / name, task, "train")]
     for method in methods:
         samples = method.data(stage, samples)
+    replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
     seed = (recipe.seed * 1_000_003 + k) % 2**31
@@ -144,55 +172,81 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         torch.set_num_threads(1)
     context = model.config.get_text_config().max_position_embeddings
     max_length = min(stage.train.max_length or context, context)
-    peft = enter(model, previous, stage.train)
+    states = {method.name: _load_state(before_dir, method) for method in methods}
+    if carrier:
+        tuned: Any = carrier.enter(model, states[carrier.name], Collator(processor, [], max_length))
+    else:
+        tuned = enter(model, previous, stage.train)
     for method in methods:
-        method.build(peft, _load_state(before_dir, method))
+        method.build(tuned, states[method.name])
     freeze(model.get_encoder("image"))
     callbacks = [callback for method in methods for callback in method.callbacks()]
     entered = Entered(
-        recipe, stage, seed, peft, processor, samples, tasks, max_length, previous, output, [*callbacks, FiniteLoss()]
+        recipe,
+        stage,
+        seed,
+        tuned,
+        processor,
+        samples,
+        replays,
+        tasks,
+        anchors,
+        max_length,
+        before,
+        previous,
+        output,
+        [*callbacks, FiniteLoss()],
     )
-    trainer = make_trainer(entered)
-    trainer.methods, trainer.idle = methods, _outside_language(peft)  # type: ignore[attr-defined]
+    trainer: Any = make_trainer(entered)
+    trainer.take_on(entered, methods, idle_parameters(tuned))
     mode = _mode(trainer)
     if mode not in DISTRIBUTED:
         raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
     for method in methods:
         if mode not in method.distributed:
             raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
+    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
+        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
     if mode == "zero3":
-        keep_whole(trainer, [parameter for parameter in peft.parameters() if parameter.requires_grad])
+        keep_whole(trainer, list(trained_parameters(tuned).values()))
     trainer.add_callback(ReallyDistributed(trainer))
-    trainer.add_callback(untrained := Untrained(peft))
+    trainer.add_callback(untrained := Untrained(tuned))
+    during = _during(entered, trainer, run_dir, context) if recipe.eval.during else None
+    if during:
+        trainer.add_callback(during)
 
     trainer.train()
-    trained = _fingerprint(peft)
+    trained = fingerprint(tuned)
     if not all(math.isfinite(value) for value in trained.values()):
-        raise RuntimeError(f"stage {k}: training ended with an adapter that is not finite")
+        raise RuntimeError(f"stage {k}: training ended with weights that are not finite")
     if untrained.fingerprint == trained:
-        raise RuntimeError(f"stage {k}: training changed no weight of the adapter")
+        raise RuntimeError(f"stage {k}: training changed no weight")
 
-    policy, delta = leave(peft, previous, stage.train)
-    states = {method.name: method.finish(peft, samples) for method in methods}
+    size = sum(parameter.numel() for parameter in trained_parameters(tuned).values())
+    if carrier:
+        save = partial(_save_merged, carrier, tuned, processor)
+    else:
+        save = partial(_save_adapters, *leave(tuned, previous, stage.train), before)
+    states = {method.name: method.finish(tuned, samples) for method in methods}
     if trainer.accelerator.is_main_process:
         shutil.rmtree(output, ignore_errors=True)  # what the trainer, or a process that was killed, left there
-        save_adapter(output / "adapter", policy, before.base, before.revision)
-        save_adapter(output / "delta", delta, before.base, before.revision)
+        served = save(output)
         for name, state in states.items():
             _save_state(output, name, state)
         write_jsonl(output / "train_log.jsonl", map(_finite, trainer.state.log_history))
-        own = {"stage": k, "name": stage.name, "kind": "adapter", "path": "adapter", "rank": rank(policy)}
-        digest = hash_adapter(output / "adapter")
-        write_serving(output, Serving.model_validate({**before.model_dump(), **own, "hash": digest}))
+        write_serving(output, before.model_copy(update={"stage": k, "name": stage.name, **served}))
         summary = {
             "seconds": round(time.monotonic() - start, 3),
             "steps": trainer.state.global_step,
             "samples": len(samples),
             "processes": trainer.accelerator.num_processes,
             "mode": mode,
-            "trained_parameters": sum(p.numel() for p in peft.parameters() if p.requires_grad),
+            "trained_parameters": size,
             "peak_memory_bytes": _peak_memory(),
         }
+        if during:
+            during.write(output)
+            summary["during"] = during.summary()
         write_json(output / "trained.json", summary)
         replace_folder(output, stages / stage.folder)
     trainer.accelerator.wait_for_everyone()
@@ -226,19 +280,36 @@ def replace_folder(source: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _samples(folder: Path, task: PreparedTask) -> list[Sample]:
+def _samples(folder: Path, task: PreparedTask, part: Part) -> list[Sample]:
     folder = folder.resolve()
     return [
         {**sample, "images": [str(image_path(folder, task, image)) for image in sample["images"]]}
-        for sample in read_samples(folder, "train")
+        for sample in read_samples(folder, part)
     ]
 
 
-def _outside_language(model: "PeftModel") -> list[torch.nn.Parameter]:
-    """The trained parameters of projector and vision tower."""
-    base: Any = model.get_base_model()
-    inside = set(base.get_decoder().parameters())
-    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter not in inside]
+def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -> During:
+    """What is asked while the stage trains: every task learned by its end, in the order of the matrix's columns."""
+    recipe, config = entered.recipe, entered.recipe.eval.during
+    assert config is not None
+    folders = {task: run_dir / "data" / task for task, first in recipe.learned.items() if first <= entered.stage.k}
+    tasks = {task: read_task(folder) for task, folder in folders.items()}
+    probes = {task: choose_probes(_samples(folders[task], tasks[task], "test"), config.probes) for task in tasks}
+    collator = Collator(entered.processor, [], context, padding_side="left")
+    return During(trainer, config, tasks, probes, collator)
+
+
+def _save_adapters(policy: Adapter, delta: Adapter, before: Serving, folder: Path) -> dict[str, Any]:
+    """Write a LoRA policy and its increment; how it is served."""
+    save_adapter(folder / "adapter", policy, before.base, before.revision)
+    save_adapter(folder / "delta", delta, before.base, before.revision)
+    return {"kind": "adapter", "path": "adapter", "rank": rank(policy), "hash": hash_adapter(folder / "adapter")}
+
+
+def _save_merged(carrier: Method, model: Any, processor: Any, folder: Path) -> dict[str, Any]:
+    """Write what a method carries; how it is served."""
+    carrier.leave(model, processor, folder / "merged")
+    return {"kind": "merged", "path": "merged", "rank": None, "hash": hash_model(str(folder / "merged"))}
 
 
 def _state_file(folder: Path, name: str) -> Path:
@@ -267,25 +338,6 @@ def _mode(trainer: "Trainer") -> str:
     if plugin is not None:
         return f"zero{max(plugin.zero_stage, 2)}"
     return "ddp" if trainer.accelerator.num_processes > 1 else "single"
-
-
-def _fingerprint(model: "PeftModel") -> dict[str, float]:
-    """A number for each factor that changes when the factor does."""
-    return {
-        f"{name}.{part}": factor.detach().double().square().sum().item()
-        for name, a, b, _ in lora_layers(model)
-        for part, factor in (("a", a), ("b", b))
-    }
-
-
-class Untrained(TrainerCallback):
-    """The adapter's fingerprint as training begins (DeepSpeed has rounded the factors by then)."""
-
-    def __init__(self, model: "PeftModel"):
-        self.model, self.fingerprint = model, dict[str, float]()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.fingerprint = _fingerprint(self.model)
 
 
 def _peak_memory() -> int:

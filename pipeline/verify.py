@@ -10,10 +10,10 @@ from typing import NamedTuple
 from mcit.data_prep.cache import temporary_folder
 from mcit.data_prep.checks import TokenCounter
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.forms import final_answer
 from mcit.data_prep.places import settle
 from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import Sample, TaskConfig
-from mcit.data_prep.styles import split_reasoning
 from mcit.data_prep.verify.check import Checks, Numbered, check
 from mcit.data_prep.verify.pictures import Pictures
 from mcit.data_prep.verify.problems import Findings
@@ -21,7 +21,7 @@ from mcit.data_prep.verify.scan import Scan
 from mcit.data_prep.verify.twins import Overlap, find_leaks, find_twins
 from mcit.eval.hashing import cache_dir, hub_commit
 from mcit.eval.scorers import get_scorer
-from mcit.eval.scoring import score_response
+from mcit.eval.scoring import score_gold
 from mcit.eval.serving import Serving
 
 from .recipe import ModelConfig, Recipe, load_recipe
@@ -102,7 +102,7 @@ def verify(
             limits: dict[Part, int | None] = {"train": train, "validation": held_out, "test": held_out}
             check(scan, Checks(counter, limits, _why_wrong), show)
             find_twins(scan, pictures)
-            verified.notes += [f"{scan.name}: {note}" for note in scan.builder.notes]
+            verified.notes += [f"{scan.name}: {note}" for note in scan.reader.notes]
         show("looking for leaks")
         verified.overlaps = find_leaks(verified.scans, pictures)
         yield verified
@@ -144,7 +144,7 @@ def _file(source: str, part: Part, images: Path | None, model: ModelConfig | Non
 
 def _tasks(recipe: Recipe) -> list[Wanted]:
     wanted = []
-    for task in recipe.tasks:
+    for task in recipe.sources:
         if task.scorer:
             get_scorer(task.scorer)  # refuses what is none before anything is read
         limits = recipe.max_length(task.name), recipe.eval.max_model_len
@@ -202,7 +202,7 @@ class _Counters:
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        counter = TokenCounter(load_processor(row0), self.facts, lambda name: self.pictures.paths[int(name)])
+        counter = TokenCounter(load_processor(row0), self.facts, lambda name: Path(self.pictures.paths[int(name)]))
         return counter, int(config.get_text_config().max_position_embeddings)
 
 
@@ -211,11 +211,10 @@ def _least(limit: int | None, context: int | None) -> int | None:
 
 
 def _why_wrong(sample: Sample, scorer: str) -> str | None:
-    """Why the gold answer, which need not come with a rationale, would not be scored as right."""
-    answer = split_reasoning(sample["completion"][-1]["content"], "think")[1]
-    bare: Sample = {**sample, "reasoning": "none"}
+    """Why the gold answer would not be scored as right."""
     try:
-        verdict = score_response(bare, answer, get_scorer(scorer))["verdict"]
+        verdict = score_gold(sample, get_scorer(scorer))["verdict"]
     except InputError as error:
         return str(error)
+    answer = final_answer(sample["completion"])
     return None if verdict == "correct" else f"the gold answer {answer[:60]!r} is {verdict} for the scorer {scorer}"

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mcit.data_prep.build import PARTS
+from mcit.data_prep.readers import PARTS
 from mcit.data_prep.verify.pictures import ALIKE, HASH_BITS, NEAR
 from mcit.data_prep.verify.problems import SEVERITY
 

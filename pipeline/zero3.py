@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -30,3 +30,19 @@ def gather(parameters: Iterable[Tensor]) -> None:
     parted: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_status")]
     if parted:
         parted[0].all_gather(parted)  # those that are whole are passed over
+
+
+def whole(layer: nn.Linear) -> nn.Linear:
+    """A frozen layer, or under ZeRO-3 a copy of it that every process has whole; all processes call it together.
+
+    The layer itself can only be run there by all processes at the same time, and is parted again after each pass.
+    """
+    parameters = list(layer.parameters())
+    if not any(hasattr(parameter, "ds_status") for parameter in parameters):
+        return layer
+    import deepspeed  # here: takes seconds
+
+    copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta").requires_grad_(False)
+    with deepspeed.zero.GatheredParameters(parameters):
+        copy.load_state_dict({name: value.detach().clone() for name, value in layer.named_parameters()}, assign=True)
+    return copy

@@ -156,8 +156,12 @@ def save_llava(folder: Path) -> None:
         image_token_index=tok.image_token_id,
         image_seq_length=16,
     )
+    save(folder, config, llava_processor(tok), PUBLISHED_TOWER)
+
+
+def llava_processor(tok: Any) -> Any:
     size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    processor = hf.LlavaProcessor(
+    return hf.LlavaProcessor(
         image_processor=hf.CLIPImageProcessor(**size),
         tokenizer=tok,
         patch_size=8,
@@ -165,7 +169,19 @@ def save_llava(folder: Path) -> None:
         num_additional_image_tokens=1,
         chat_template=VICUNA,
     )
-    save(folder, config, processor, PUBLISHED_TOWER)
+
+
+def save_llava_mixtral(folder: Path) -> None:
+    """LLaVA over a mixture of Mixtral's kind, which MoExtend's paper extends. Saved in the published layout."""
+    tok = tokenizer(image_token="<image>")
+    mixture = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 48}
+    config = hf.LlavaConfig(
+        text_config=hf.MixtralConfig(**text(tok, **mixture), architectures=["MixtralForCausalLM"]),
+        vision_config=hf.CLIPVisionConfig(**TOWER, image_size=32, patch_size=8, projection_dim=32),
+        image_token_index=tok.image_token_id,
+        image_seq_length=16,
+    )
+    save(folder, config, llava_processor(tok), PUBLISHED_TOWER)
 
 
 def save_internvl(folder: Path) -> None:

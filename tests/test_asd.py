@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from mcit.data_prep.answers import extract, normalise
+from mcit.data_prep.answers import normalise
 from mcit.data_prep.asd import conversion
 from mcit.data_prep.asd.distractors import Pool, answer_kind, iou, same_answer
 from mcit.data_prep.asd.report import make_report
 from mcit.data_prep.asd.rules import Rules
+from mcit.data_prep.extraction import extract
 from mcit.data_prep.schema import AsdConfig, Sample, Style
 from mcit.data_prep.styles import FORMAT, THINK, build_prompt, fits, parse, split_prompt, split_reasoning
 
@@ -22,8 +23,8 @@ COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 def convert(
     samples: list[Sample], fraction: float, seed: int, known_formats: list[str] | None = None
 ) -> tuple[list[Sample], dict[str, Any]]:
-    done = conversion.convert(samples, fraction, seed, Rules, known_formats=known_formats or [])
-    return done.after, make_report(done, AsdConfig(fraction=fraction), seed)
+    done = conversion.convert(samples, fraction, seed, Rules(), known_formats=known_formats or [])
+    return list(done.after()), make_report(done, AsdConfig(fraction=fraction), seed)
 
 
 def sample(number: int, question: str, answer: str, style: Style, **fields: Any) -> Sample:

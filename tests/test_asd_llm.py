@@ -57,9 +57,8 @@ def convert(tmp_path: Path, pictures: Anything) -> Any:
         with serve(answer) as server:
             asd = AsdConfig(fraction=fraction, converter="llm", endpoint=server.address, model="m", retries=1)
             endpoint = Endpoint(asd, tmp_path / cache, lambda line: None)
-            make = partial(Llm, endpoint=endpoint, pictures=pictures)
-            done = conversion.convert(samples, fraction, seed, make)
-            return done.after, make_report(done, asd, seed), server.asked
+            done = conversion.convert(samples, fraction, seed, Llm(endpoint, pictures))
+            return list(done.after()), make_report(done, asd, seed), server.asked
 
     return run
 

@@ -1,6 +1,8 @@
 """The `mcit` command: what it prints, how it exits, and that it is quick where it can be."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +22,8 @@ COMMANDS = [
     "train",
     "eval",
     "report",
+    "submit",
+    "cancel",
     "status",
     "methods",
     "doctor",
@@ -72,6 +76,17 @@ def test_metrics(mcit, tmp_path):
     assert code == 0 and (found["MFT"], found["MFN"], found["BWT"], found["FWT"]) == (85, 75, -20, None)
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(mcit, tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Is it red? Answer yes or no.", "completion": "Yes"}')
+    code, _, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert code == 2 and err.startswith("error: No space left on device. Make room") and err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_score(mcit, tmp_path):
     lines = [{"id": 1, "response": "B", "references": ["B"]}, {"id": 2, "response": "C", "references": ["B"]}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -120,7 +135,7 @@ def test_print_config_says_what_each_stage_resolves_to(mcit, tmp_path):
     code, out, _ = mcit("run", *arguments)
     recipe, stages = yaml.safe_load_all(out)
     assert code == 0
-    assert [stage["train"]["lora"]["r"] for stage in stages] == [16, 16, 4, 16, 16]
+    assert [stage["train"]["lora"]["r"] for stage in stages] == [12, 12, 4, 12, 12]
     assert [stage["name"] for stage in stages] == ["digits", "counting", "spatial", "grounding", "arithmetic"]
     (tmp_path / "again.yaml").write_text(out.split("---")[0])
     assert load_recipe(tmp_path / "again.yaml") == load_recipe("mini/sequential", arguments[1:2])

@@ -17,6 +17,8 @@ from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Request, Response, vllm
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.evaluate import evaluate_cells, load_cell
+from mcit.eval.scorers import SCORERS, Scorer, get_scorer
+from mcit.eval.scoring import set_score
 
 SLOW = EvalConfig(engine="transformers", max_new_tokens=4, probes=2)
 
@@ -132,12 +134,28 @@ def test_what_matters_asks_again_and_what_does_not_does_not(run: Path, asked: li
     evaluate_cells(run, [(0, "seen")], SLOW.model_copy(update={"max_new_tokens": 5}))
     assert len(asked) == 12
     task = run / "data" / "seen" / "task.json"
-    write_json(task, read_json(task) | {"scorer": "short"})  # scored again, not asked again
-    evaluate_cells(run, [(0, "seen")], SLOW)
-    assert len(asked) == 12
+    for scorer in ("short", "coin:vizwiz", "bleu"):
+        write_json(task, read_json(task) | {"scorer": scorer})  # scored again, not asked again
+        evaluate_cells(run, [(0, "seen")], SLOW)
+        rows = read_jsonl(run / "predictions" / "00" / "seen.jsonl")
+        marker = read_json(run / "predictions" / "00" / "seen.done.json")
+        whole = set_score(rows, get_scorer(scorer))
+        assert len(asked) == 12 and (marker["score"], marker["stderr"]) == whole
+    assert marker["stderr"] is None  # BLEU of a set is no mean
     write_json(task, read_json(task) | {"test_hash": "other data"})
     evaluate_cells(run, [(0, "seen")], SLOW)
     assert len(asked) == 18
+
+
+def test_a_scorer_may_weigh_by_the_whole_test_set(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weighed = Scorer(
+        "weighed", lambda *_: 0.0, 50, None, whole=True, weigh=lambda corpus: lambda *_: float(len(corpus))
+    )
+    monkeypatch.setitem(SCORERS, "weighed", weighed)
+    task = run / "data" / "seen" / "task.json"
+    write_json(task, read_json(task) | {"scorer": "weighed"})
+    evaluate_cells(run, [(0, "seen")], SLOW)
+    assert read_json(run / "predictions" / "00" / "seen.done.json")["score"] == 6
 
 
 def test_it_continues_at_the_first_missing_answer(run: Path, asked: list[str]) -> None:

@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 
+from mcit.data_prep.files import read_jsonl, write_jsonl
 from mcit.data_prep.layouts import layout_names, load_layout
 from mcit.data_prep.places import settle
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
 from mcit.data_prep.readers import read_rows
-from mcit.data_prep.schema import PrepareConfig, Sample, TaskConfig
+from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, TaskConfig
 from mcit.eval.results import read_results
 from mcit.eval.scoring import check_gold
 from mcit.pipeline.arguments import check_stage, try_config
+from mcit.pipeline.convert import convert_file
 from mcit.pipeline.layers import RECIPES
 from mcit.pipeline.probes import load_probe
 from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.show import read_stage
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STREAMS = ("coin", "ucit", "dcl", "ctbench", "rft7")
@@ -276,6 +279,40 @@ def test_probes(benchmarks, cache):
     ((where, raw),) = read_rows("pope_official.json", "test", FIXTURES / "probes")
     official = load_layout("pope", FIXTURES).read(raw, "test", where)
     assert official["image"] == "COCO_val2014_000000000001.jpg" and official["completion"] == "yes"
+
+
+# --- What comes after -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_asd_of_every_task_reaches_its_share_or_says_why(stream, benchmarks, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("MCIT_CACHE", str(cache))
+    unreachable = set()
+    for name, folder in prepared(f"{stream}/stream", benchmarks, cache).items():
+        few, images = read_samples(folder, "train"), (folder / read_task(folder)["image_root"]).resolve()
+        many = [{**sample, "id": f"{sample['id']}-{copy}"} for copy in range(50) for sample in few]
+        write_jsonl(tmp_path / f"{name}.jsonl", many)
+        asd, target = AsdConfig(fraction=0.2), tmp_path / f"{name}-asd.jsonl"
+        report = convert_file(tmp_path / f"{name}.jsonl", target, asd, 0, images, print)
+        assert report["validation"] == {"checked": report["converted"], "failed": {}}
+        assert [row["id"] for row in read_jsonl(target)] == [sample["id"] for sample in many]
+        if not report["within_half_a_point"]:
+            assert report["why_not"]
+            unreachable.add(name)
+    free_text = {"ucit": {"VizWiz", "Flickr30k"}, "dcl": {"AD"}, "ctbench": {"art", "medical", "OCR"}}
+    assert unreachable == free_text.get(stream, set())
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_every_stage_of_every_stream_can_be_shown(stream, benchmarks, cache, monkeypatch):
+    monkeypatch.setenv("MCIT_CACHE", str(cache))
+    tiny = f"base_model.path={RECIPES / 'mini' / 'tiny_vlm'}"
+    recipe = load_recipe(f"{stream}/stream", [f"data={benchmarks / stream}", tiny, "base_model.processor={}"])
+    for stage in recipe.stages:
+        for shown in read_stage(recipe, stage.k, 1):
+            taught = "".join(span.text for span in shown.spans if span.loss)
+            assert all(turn["content"] in taught for turn in shown.sample["completion"] if turn["role"] == "assistant")
+            assert shown.gold["verdict"] == "correct" and len(shown.images) == len(shown.sample["images"])
 
 
 # --- The mechanism ----------------------------------------------------------------------------------------------------

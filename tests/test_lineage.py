@@ -13,9 +13,9 @@ from trl.trainer.utils import use_adapter
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.adapters import concat, load_adapter, lora_layers, rank, save_adapter
+from mcit.pipeline.arguments import check_reference
 from mcit.pipeline.lineage import (
     PastLinear,
-    check_reference,
     enter,
     fold,
     freeze,

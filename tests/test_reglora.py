@@ -193,7 +193,9 @@ def peft_model() -> Any:
 
 
 def view(model: Any, last: bool = True, process: int = 0, processes: int = 1) -> StepView:
-    return StepView(model, {}, 0, micro_batches=2, share=0.5, last=last, process=process, processes=processes)
+    return StepView(
+        model, {}, replayed=0, step=0, micro_batches=2, share=0.5, last=last, process=process, processes=processes
+    )
 
 
 def test_three_stages_through_the_hooks() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from training import COLOURS, launch, make_run, make_samples, tiny_model, tiny_processor
 
 import mcit.pipeline.rft as rft
@@ -97,6 +98,18 @@ def test_stack_with_grpo(trained: tuple[Path, Path], tmp_path: Path) -> None:
         delta = load_adapter(run / "stages" / after / "delta")
         assert len(delta) == 35 and any(factors.b.any() for factors in delta.values())
     assert read_json(run / "stages" / "03-words" / "serving.json")["rank"] == 12
+
+
+def test_being_asked_while_it_trains_changes_nothing(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """To the bit, though answers are sampled in between."""
+    weights = []
+    for name, overrides in (("asked", ["eval.during={dense: 1, probes: 2}"]), ("unasked", [])):
+        run = copy_run(trained, tmp_path / name)
+        reinforce(run, trained[1], 2, *overrides)
+        weights.append(load_file(run / "stages" / "02-again" / "delta" / "adapter_model.safetensors"))
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+    curves = read_json(tmp_path / "asked" / "stages" / "02-again" / "during.json")
+    assert curves["steps"] == [0, 1, 3] and list(curves["tasks"]) == ["colour", "again"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import read_json, read_jsonl
+from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json
 from mcit.pipeline.child import ChildFailed, run_child
 from mcit.pipeline.layers import RECIPES
 from mcit.pipeline.locks import holder, locked
@@ -152,14 +152,14 @@ def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
 
 def test_launchers(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("mcit.pipeline.step.cores", lambda: 8)
     zero2 = ["--config_file", str(RECIPES / "accelerate" / "zero2.yaml"), "--num_processes", "4"]
     command = Launch.named("zero2", 4).command(Path("sft.py"))
     assert command[3:] == [*zero2, "--num_cpu_threads_per_process", "2", "sft.py"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert Launch.named("zero2", 4).command(Path("sft.py"))[3:] == [*zero2, "sft.py"]
-    with pytest.raises(InputError, match=r"--launch zero: no such launch configuration\. Did you mean `zero2`"):
-        Launch.named("zero")
+    with pytest.raises(InputError, match=r"--launch zerro2: no such launch configuration\. Did you mean `zero2`"):
+        Launch.named("zerro2")
     with pytest.raises(InputError, match="starts one process, not 2"):
         Launch.named("single", 2)
     assert (Launch.named("ddp").processes, Launch.named("ddp", 3).processes, Launch.named("single").processes) == (
@@ -310,6 +310,21 @@ def test_what_is_redone_follows_from_what_changed(folder):
     assert left("stream.first.overrides.lora.r=4") == ["settings", "train/1", "train/2", *evaluation]
     assert left("seed=1") == ["train/1", "train/2", *evaluation]
     assert left("stream.first.test=0.5")[0] == "prepare/first"
+    assert left("eval.during={probes: 2}") == ["train/1", "train/2", *evaluation]  # nobody can look into it afterwards
+
+
+def test_what_a_step_added_is_kept_when_it_is_not_wanted_any_more(tmp_path):
+    def step(before: dict, now: dict) -> Step:
+        write_json(tmp_path / "m.json", {"fingerprint": hash_json(before), "inputs": before})
+        return Step("x", "x", tmp_path / "m.json", lambda: True, lambda: now, lambda *_: {}, extras=("during",))
+
+    plain, asked = {"train": 1}, {"train": 1, "during": {"probes": 2}}
+    for before in (plain, asked):
+        assert step(before, plain).done() and step(before, plain).changed() == []
+        assert not step(before, {"train": 2}).done() and step(before, {"train": 2}).changed() == ["train"]
+    more = {"train": 1, "during": {"probes": 3}}
+    assert not step(asked, more).done() and step(asked, more).changed() == ["during.probes"]
+    assert not step(plain, more).done() and step(plain, more).changed() == ["during.probes"]
 
 
 def test_changing_one_stage_redoes_it_and_what_follows(folder):

@@ -1,6 +1,5 @@
-"""Each kind against hand-computed values, and the defects of published scorers, which must not come back."""
+"""Each kind against hand-computed values; captions: test_captions.py; what peers got wrong: test_peer_defects.py."""
 
-import math
 import random
 import threading
 import time
@@ -9,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.kinds.formulas import latex_tokens
+from mcit.eval.kinds.numbers import to_number
+from mcit.eval.kinds.vqa import vqa_answer
 from mcit.eval.scorers import SCORERS, get_scorer, scorer_identity
-from mcit.eval.text import latex_tokens, plain, to_number, vqa_answer
+from mcit.eval.text import plain
 
 
 def score(kind, answer, references, **meta):
@@ -22,6 +24,10 @@ def score(kind, answer, references, **meta):
 
 REFERENCE = {"bbox": "[0.10, 0.20, 0.30, 0.40]", "iou": "[0.10, 0.20, 0.30, 0.40]", "number": "1,234.5", "math": "1/2"}
 
+# Where a reference itself gets less than 100: METEOR's penalty never vanishes, CIDEr is a mean over the references.
+GRADED = ("meteor", "cider", "caption")
+EXACT = [kind for kind in SCORERS if kind not in GRADED]
+
 
 @pytest.mark.parametrize("kind", SCORERS)
 @pytest.mark.parametrize("empty", [None, "", " ", "\n\t", "\u3000"])
@@ -30,17 +36,30 @@ def test_an_empty_answer_never_scores(kind, empty):
         assert score(kind, empty, [reference]) == 0
 
 
-@pytest.mark.parametrize("kind", SCORERS)
+@pytest.mark.parametrize("kind", EXACT)
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_the_reference_itself_gets_100(kind, count):
     for reference in ("B", "?", "猫", "a", "The Who", "-3 %", r"\frac{a}{b}", REFERENCE.get(kind, "a dog runs")):
         assert score(kind, reference, [reference] * count) == pytest.approx(100)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in SCORERS if kind != "vqa_soft"])
+@pytest.mark.parametrize("kind", [kind for kind in EXACT if kind not in ("vqa_soft", "bleu")])
 def test_the_best_of_several_references_counts(kind):
     reference = REFERENCE.get(kind, "two dogs run")
     assert score(kind, reference, ["[0, 0, 0.01, 0.01]", "something else", reference]) == pytest.approx(100)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in SCORERS if kind not in ("bbox", "iou", "math", "number", "relaxed")])
+def test_no_answer_beats_the_best_supported_reference(kind):
+    references = (
+        ["a dog runs on the grass"] * 4 + ["a brown dog runs on grass"] * 3 + ["the dog is running", "a dog", "dog"]
+    )
+    words = " ".join(references).split()
+    rng = random.Random(4)
+    others = [" ".join(rng.choices(words, k=rng.randint(1, 9))) for _ in range(200)]
+    reached = max(score(kind, reference, references) for reference in references)
+    assert max(score(kind, other, references) for other in others) <= reached + 1e-9
+    assert reached == pytest.approx(100) or kind in GRADED
 
 
 @pytest.mark.parametrize("kind", SCORERS)
@@ -75,61 +94,13 @@ def test_scores_stay_within_bounds_and_leave_the_references_alone(kind):
 
 @pytest.mark.parametrize("kind", [kind for kind in SCORERS if kind != "math"])  # math-verify works by the clock
 def test_time_grows_with_the_length_of_the_answer(kind):
-    for unit in ("a ", "1", "(", "\\a"):
+    for unit in ("a ", "1", "(", "\\a", "y", "n't", ". ' "):
         seconds = []
         for length in (20_000, 200_000):
             start = time.process_time()
             assert score(kind, unit * (length // len(unit)), "a short [1, 2, 3, 4] reference") < 100
             seconds.append(time.process_time() - start)
         assert seconds[1] < 40 * seconds[0] + 0.5  # quadratic would be 100 times as long
-
-
-# --- Defects of published scorers -----------------------------------------------------------------------------------
-
-
-def test_ctbench_letter_is_not_found_in_the_word_answer():
-    assert score("mcq", "C", "A") == 0
-    assert score("mcq", "answer c answer", "A") == 0
-
-
-def test_ctbench_number_with_a_reference_to_a_figure():
-    assert score("math", "The answer is 3. (see Figure 2)", "3") == 100
-    assert score("number", "2", "3") == 0
-
-
-def test_ctbench_unknown_kind_does_not_fall_back():
-    with pytest.raises(InputError, match="Did you mean yes_no"):
-        get_scorer("yesno")
-    with pytest.raises(InputError, match="Known: mcq"):
-        get_scorer("zzzzz")
-
-
-@pytest.mark.parametrize("answer", ["", "a", "e", "tabby cat dog", "cat"])
-def test_coin_imagenet_containment_is_not_a_match(answer):
-    assert score("short", answer, "tabby cat") == 0
-
-
-def test_coin_grounding_keeps_first_and_last_digit():
-    assert score("iou", "[0.12, 0.33, 0.55, 0.97]", "[0.12, 0.33, 0.55, 0.97]") == 100
-    narrow = "[0.90, 0.90, 0.99, 0.99]"
-    assert score("bbox", narrow, narrow) == 100
-    assert score("iou", narrow, "[0.90, 0.90, 0.99, 0.9]") == 0  # what the truncated reading would compare with
-
-
-def test_coin_vizwiz_and_vqav2_soft_accuracy_uses_every_annotator():
-    references = ["red"] * 3 + ["dark red"] * 7
-    assert score("vqa_soft", "Red", references) == pytest.approx(100 * (3 * 2 / 3 + 7) / 10)
-
-
-def test_llmcl_error_is_raised_not_only_built():
-    with pytest.raises(InputError):
-        get_scorer("NUmGLUE-ds")
-
-
-def test_lmms_eval_references_are_not_overwritten():
-    references = ["The Cat."] * 10
-    score("vqa_soft", "cat", references)
-    assert references == ["The Cat."] * 10
 
 
 # --- Closed sets and short answers ----------------------------------------------------------------------------------
@@ -146,6 +117,15 @@ def test_mcq_letter_and_option_text():
     assert score("mcq", "A", "D", options=options) == 0  # a letter names its option, not an option that reads like it
     assert score("mcq", "F", "B", options=options) == 0
     assert score("mcq", "AB", "A") == 0
+
+
+def test_a_label_is_told_by_its_name_or_its_letter():
+    labels = ["dovish", "hawkish", "neutral"]
+    assert score("label", "Hawkish.", "hawkish", options=labels) == 100
+    assert score("label", "B. hawkish", "hawkish", options=labels) == 100
+    assert score("label", "hawkish", "B", options=labels) == 100
+    assert score("label", "dovish", "hawkish", options=labels) == 0
+    assert score("label", "not hawkish", "hawkish", options=labels) == 0
 
 
 def test_yes_no_is_a_word_not_a_substring():
@@ -334,42 +314,6 @@ def test_math_works_off_the_main_thread():
     thread.start()
     thread.join()
     assert result == [100]
-
-
-# --- Free text ------------------------------------------------------------------------------------------------------
-
-
-def lcs_length(a, b):
-    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
-    return table[-1][-1]
-
-
-def test_rouge_l_against_the_definition():
-    rng = random.Random(2)
-    for _ in range(300):
-        a, b = (rng.choices("cat dog sat on the mat".split(), k=rng.randint(1, 9)) for _ in range(2))
-        common = lcs_length(a, b)
-        precision, recall = common / len(a), common / len(b)
-        f1 = 2 * precision * recall / (precision + recall) if common else 0
-        assert score("rouge_l", " ".join(a).title() + "!", " ".join(b)) == pytest.approx(100 * f1)
-
-
-def test_rouge_l_equals_the_rouge_score_package():
-    # values of rouge-score 0.1.2, rougeL F-measure without stemming
-    assert score("rouge_l", "The quick brown dog jumps on the log.", "The quick brown fox jumps over the lazy dog") == (
-        pytest.approx(100 * 0.5882352941176471)
-    )
-    given, wanted = "It's a state_of the-art 3.5 model", "its state of the art 3 5 models"
-    assert score("rouge_l", given, wanted) == pytest.approx(100 * 0.6666666666666665)
-
-
-def test_caption_is_the_mean_of_rouge_l_and_bleu():
-    # "a dog" against "a dog runs": ROUGE-L = 2·2/(2+3) = 80; BLEU (order 2): precisions 1, brevity exp(1 − 3/2)
-    assert score("caption", "a dog", "A dog runs") == pytest.approx((80 + 100 * math.exp(-0.5)) / 2)
-    assert score("caption", "green ideas sleep", "a dog runs") < 30
 
 
 # --- Boxes ----------------------------------------------------------------------------------------------------------

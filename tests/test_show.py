@@ -62,6 +62,18 @@ def test_before_and_after_asd_and_what_the_gold_answer_scores(recipe):
     assert {shown.gold["verdict"] for shown in samples} == {"correct"}
 
 
+def test_a_blurred_stage_shows_what_it_trains(recipe, capsys):
+    recipe.blur = 0.5
+    visiting, at_home = (
+        {shown.sample["id"]: shown.visits for shown in read_stage(recipe, k, 40) if shown.sample["task"] == "words"}
+        for k in (1, 2)
+    )
+    assert set(visiting.values()) == {True} and set(at_home.values()) == {False}
+    assert sorted([*visiting, *at_home]) == sorted(f"w{number}" for number in range(40))
+    show_stage(recipe, 1, 1, Terminal())
+    assert capsys.readouterr().out.count("· visits this stage ·") == 1
+
+
 def test_without_a_terminal_brackets_mark_the_loss(recipe, capsys):
     show_stage(recipe, 2, 1, Terminal())
     out = capsys.readouterr().out

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from training import TINY, largest_gap, launch, make_run, make_samples, tiny_model, uneven
+from training import TINY, assert_same_curves, largest_gap, launch, make_run, make_samples, tiny_model, uneven
 from trl import GRPOConfig, SFTConfig
 
 from mcit.data_prep.errors import InputError
@@ -127,7 +127,7 @@ def test_stack_keeps_the_base_bit_identical(trained: tuple[Path, Path], tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "zero3"])
 def test_two_processes_that_train_the_tower_are_one(trained: tuple[Path, Path], tmp_path: Path, mode: str) -> None:
-    """Its factors are left out by a text-only batch and taken in by the penalty."""
+    """Its factors are left out by a text-only batch and taken in by the penalty; each asks half of the probes."""
     first = tmp_path / "first"
     (first / "stages").mkdir(parents=True)
     (first / "data").symlink_to(trained[0] / "data")
@@ -135,10 +135,13 @@ def test_two_processes_that_train_the_tower_are_one(trained: tuple[Path, Path], 
     vision = "train.modules.vision=lora"
     train(first, trained[1], 1, vision)
     alone, together = (copy_run((first, trained[1]), tmp_path / name) for name in ("alone", "together"))
-    train(alone, trained[1], 2, vision)
-    launch(together, trained[1], mode, 2, vision, "train.sft.args.per_device_train_batch_size=2")
+    during = [] if mode == "zero3" else ["eval.during={dense: 2}"]
+    train(alone, trained[1], 2, vision, *during)
+    launch(together, trained[1], mode, 2, vision, *during, "train.sft.args.per_device_train_batch_size=2")
     assert read_json(together / "stages" / "02-words" / "trained.json")["mode"] == mode
     assert largest_gap(second_adapter(alone), second_adapter(together)) < 1e-5
+    if during:
+        assert_same_curves(alone, together)
 
 
 def test_an_interrupted_stage_leaves_nothing_that_counts(trained: tuple[Path, Path], tmp_path: Path) -> None:

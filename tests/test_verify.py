@@ -9,14 +9,15 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import deadly
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 import mcit.recipes
-from mcit.data_prep import images
+from mcit.data_prep import image_files
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.images import map_images
+from mcit.data_prep.image_files import ImageFiles, map_images
 from mcit.data_prep.prepare import prepare_task, read_samples
 from mcit.data_prep.schema import PrepareConfig, TaskConfig
 from mcit.data_prep.verify.pictures import Pictures, leads_out, look_at, near
@@ -382,7 +383,7 @@ def test_versions_of_an_image_are_near_and_other_images_of_its_kind_are_not(tmp_
 
     def add(image: Image.Image, name: str, **options: Any) -> int:
         image.save(tmp_path / name, **options)
-        return pictures.number(tmp_path / name)
+        return pictures.number(str(tmp_path / name))
 
     held = [add(scene(seed), f"{seed}.png") for seed in range(40)]
     others = [add(scene(100 + seed), f"other{seed}.png") for seed in range(200)]
@@ -510,12 +511,29 @@ def test_images_are_the_same_in_processes(data: Path, monkeypatch) -> None:
     (data / "img" / "3.png").write_bytes(b"no image")
     paths = [data / "img" / f"{number}.png" for number in range(16)]
     alone = [str(found) for found in map_images(look_at, paths)]
-    monkeypatch.setattr(images, "_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(image_files, "_WORTH_A_PROCESS", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     assert [str(found) for found in map_images(look_at, paths)] == alone
-    facts = images.inspect_images(paths)
-    error = facts[paths[3]]
+    files = ImageFiles()
+    error = files.inspect([files.number(str(path)) for path in paths])[3]
     assert isinstance(error, InputError) and error.where == str(paths[3]) and "Pillow knows" in error.problem
+
+
+def test_an_image_that_kills_its_process_is_named_and_all_others_are_read(data: Path, monkeypatch) -> None:
+    paths = [data / "img" / f"{number}.png" for number in range(16)]
+    for at in (3, 9, 10):
+        paths[at] = paths[at].rename(paths[at].with_name(f"deadly{at}.png"))
+    monkeypatch.setattr(image_files, "_WORTH_A_PROCESS", 1)
+    monkeypatch.setattr(image_files, "_AT_ONCE", 8)
+    monkeypatch.setattr(image_files, "_CHUNK", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    found = list(map_images(deadly.look, paths))
+    errors = {at: fact for at, fact in enumerate(found) if isinstance(fact, InputError)}
+    assert list(errors) == [3, 9, 10]
+    assert str(errors[9]).startswith(f"{paths[9]}: the image cannot be decoded: it kills the process that tries to")
+    assert [fact for at, fact in enumerate(found) if at not in errors] == [
+        deadly.look(path) for at, path in enumerate(paths) if at not in errors
+    ]
 
 
 def test_images_inside_a_file_are_written_beside_the_clean_copy(data: Path) -> None:

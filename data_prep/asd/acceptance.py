@@ -8,7 +8,8 @@ import json
 import re
 from typing import Any
 
-from ..answers import extract, normalise, sentences
+from ..answers import normalise, sentences
+from ..extraction import extract
 from ..schema import Style
 from .distractors import answer_kind, same_answer
 from .turns import Turn, Unreachable

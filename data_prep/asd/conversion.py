@@ -10,7 +10,7 @@ import hashlib
 import random
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..answers import sentences
@@ -27,6 +27,7 @@ _SAME_AS: dict[Style, Style] = {  # which of the five a native style already is
     "latex": "short",
     "caption": "brief",
 }
+_Verdict = tuple[tuple[Style, str | None], ...]  # for each style but a sample's own, why it cannot become that
 
 
 class Converter(Protocol):
@@ -34,12 +35,19 @@ class Converter(Protocol):
 
     `patience` is how many failures a style may cost for each sample wanted in it before the others take over its part
     (`None`: any number). A style in which everything fails is given up at once: a model that cannot do it is not paid
-    to fail on the whole task.
+    to fail on the whole task. `at_once` is for how many samples material is asked at a time (`None`: all).
     """
 
     @property
     def patience(self) -> int | None:
         """See above."""
+
+    @property
+    def at_once(self) -> int | None:
+        """See above."""
+
+    def learn(self, turns: Sequence[Turn]) -> None:
+        """Take note of a dialogue of the task; it gets to see all of them before it supplies anything."""
 
     def why_not(self, turn: Turn, style: Style) -> str | None:
         """Why a turn cannot be put into a style, as far as that is known without trying."""
@@ -54,11 +62,21 @@ class Converter(Protocol):
         """What it cost, for the report."""
 
 
+class Samples(Protocol):
+    """A training set: a list, or a `SampleFile`."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sample]: ...
+
+    def __getitem__(self, index: int, /) -> Sample: ...
+
+
 class Conversion(NamedTuple):
     """A finished conversion, as `report.py` tells of it."""
 
-    before: Sequence[Sample]
-    after: list[Sample]
+    before: Samples
+    converted: dict[int, Sample]  # by their places in `before`
     order: list[int]  # of all samples, as they were considered
     wanted: int
     able: dict[Style, int]  # how many samples nothing is known against
@@ -70,12 +88,16 @@ class Conversion(NamedTuple):
     provenance: dict[str, Any]
     usage: dict[str, Any]
 
+    def after(self) -> Iterator[Sample]:
+        """The training set with the converted samples in it."""
+        return (self.converted.get(index, sample) for index, sample in enumerate(self.before))
+
 
 def convert(
-    samples: Sequence[Sample],
+    samples: Samples,
     fraction: float,
     seed: int,
-    make_converter: Callable[[Sequence[Sequence[Turn]]], Converter],
+    converter: Converter,
     *,
     known_formats: Sequence[str] = (),
 ) -> Conversion:
@@ -83,16 +105,17 @@ def convert(
 
     Which samples, into which style and with which distractors depends on the samples, the seed and the converter's
     answers, not on the samples' order. `known_formats` are sentences of the task's own that ask for its format; a
-    sentence that nine of ten questions end with is found without them. `make_converter` gets the samples' turns.
+    sentence that nine of ten questions end with is found without them. Of samples that are not converted nothing stays
+    in memory but where they are and what they can become.
 
     A converted sample has `meta["asd"]` = {style, original_id, native_style, how} and the converter's provenance.
     """
     formats = [*known_formats, *_shared_endings(samples)]
-    work = _Work(samples, int(fraction * len(samples) + 0.5), seed, formats, make_converter)
+    work = _Work(samples, int(fraction * len(samples) + 0.5), seed, formats, converter)
     work.run()
     return Conversion(
         before=samples,
-        after=[work.converted.get(index, sample) for index, sample in enumerate(samples)],
+        converted=work.converted,
         order=work.order,
         wanted=work.wanted,
         able={style: len(indices) for style, indices in work.able.items()},
@@ -101,25 +124,17 @@ def convert(
         rounds=dict(work.rounds),
         turns={"converted": work.turns_converted, "left native": work.turns_native},
         format_sentences=formats,
-        provenance=work.converter.provenance(),
-        usage=work.converter.usage(),
+        provenance=converter.provenance(),
+        usage=converter.usage(),
     )
 
 
 class _Work:
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        wanted: int,
-        seed: int,
-        formats: Sequence[str],
-        make_converter: Callable[[Sequence[Sequence[Turn]]], Converter],
-    ):
+    def __init__(self, samples: Samples, wanted: int, seed: int, formats: Sequence[str], converter: Converter):
         self.samples, self.wanted, self.seed = samples, wanted, seed
-        self.dialogues = [take_apart(sample, formats) for sample in samples]
-        self.converter = make_converter(self.dialogues)
+        self.formats, self.converter = formats, converter
         self.decks = Decks(random.Random(f"{seed} positions"))
-        self.order = sorted(range(len(samples)), key=self._rank)
+        self.order: list[int] = []
         self.converted: dict[int, Sample] = {}
         self.counts: Counter[Style] = Counter()
         self.failed: dict[Style, set[int]] = defaultdict(set)
@@ -129,20 +144,27 @@ class _Work:
         self.skipped: dict[Style, Counter[str]] = defaultdict(Counter)
         self.fell_back: dict[Style, Counter[str]] = defaultdict(Counter)
         self.turns_converted = self.turns_native = 0
-        self.able = self._look()
+        self.able = self._sort(self._read())
 
-    def _rank(self, index: int) -> bytes:
-        return hashlib.sha256(f"{self.seed} {self.samples[index]['id']}".encode()).digest()
+    def _read(self) -> list[_Verdict]:
+        """What each sample can become. On the way the converter learns, and the order is found."""
+        verdicts, ranks = list[_Verdict](), list[bytes]()
+        known: dict[_Verdict, _Verdict] = {}  # there are few different ones
+        for sample in self.samples:
+            turns = take_apart(sample, self.formats)
+            self.converter.learn(turns)
+            own = _SAME_AS.get(sample["style"], sample["style"])
+            verdict = tuple((style, self.converter.why_not(turns[-1], style)) for style in STYLES if style != own)
+            verdicts.append(known.setdefault(verdict, verdict))
+            ranks.append(hashlib.sha256(f"{self.seed} {sample['id']}".encode()).digest())
+        self.order = sorted(range(len(ranks)), key=ranks.__getitem__)
+        return verdicts
 
-    def _look(self) -> dict[Style, list[int]]:
+    def _sort(self, verdicts: list[_Verdict]) -> dict[Style, list[int]]:
         """The samples that may be put into each style, the scarcest style first."""
         able: dict[Style, list[int]] = {style: [] for style in STYLES}
         for index in self.order:
-            native = self.samples[index]["style"]
-            for style in STYLES:
-                if style == _SAME_AS.get(native, native):
-                    continue
-                why_not = self.converter.why_not(self.dialogues[index][-1], style)
+            for style, why_not in verdicts[index]:
                 if why_not is None:
                     able[style].append(index)
                 else:
@@ -186,16 +208,18 @@ class _Work:
 
     def _convert(self, batch: list[tuple[int, Style]]) -> None:
         """Put each sample of the batch into its style, or note why it stays native."""
-        jobs = {entry: self._jobs(*entry) for entry in batch}
-        supplies = iter(self.converter.supply([job for of_sample in jobs.values() for job in of_sample]))
-        for (index, style), of_sample in jobs.items():
-            supplied = [(job, next(supplies)) for job in of_sample]
-            try:
-                self.converted[index] = self._rewrite(index, style, supplied)
-                self.counts[style] += 1
-            except Unreachable as why:
-                self.failed[style].add(index)
-                self.fell_back[style][str(why)] += 1
+        step = self.converter.at_once or len(batch)
+        for start in range(0, len(batch), step):
+            jobs = {entry: self._jobs(*entry) for entry in batch[start : start + step]}
+            supplies = iter(self.converter.supply([job for of_sample in jobs.values() for job in of_sample]))
+            for (index, style), of_sample in jobs.items():
+                supplied = [(job, next(supplies)) for job in of_sample]
+                try:
+                    self.converted[index] = self._rewrite(index, style, supplied)
+                    self.counts[style] += 1
+                except Unreachable as why:
+                    self.failed[style].add(index)
+                    self.fell_back[style][str(why)] += 1
         for style in {style for _, style in batch}:
             self.rounds[style] += 1
             patience, failures = self.converter.patience, len(self.failed[style])
@@ -206,22 +230,18 @@ class _Work:
 
     def _jobs(self, index: int, style: Style) -> list[Job]:
         """The turns of a sample that may be put into the style, the last one first."""
-        sample, turns = self.samples[index], self.dialogues[index]
+        sample = self.samples[index]
+        turns = take_apart(sample, self.formats)
         return [
-            Job(
-                turns,
-                position,
-                style,
-                sample["images"],
-                random.Random(f"{self.seed} {sample['id']} {position} {style}"),
-            )
+            Job(turns, position, style, sample["images"], f"{self.seed} {sample['id']} {position} {style}")
             for position in reversed(range(len(turns)))
             if self.converter.why_not(turns[position], style) is None
         ]
 
     def _rewrite(self, index: int, style: Style, supplied: list[tuple[Job, Material | Unreachable]]) -> Sample:
         """A sample with every turn that can be in the style; the last one, which references and style are of, must."""
-        sample, turns, new = self.samples[index], self.dialogues[index], dict[int, Converted]()
+        sample, new = self.samples[index], dict[int, Converted]()
+        turns = supplied[0][0].turns
         for job, material in supplied:
             try:
                 if isinstance(material, Unreachable):
@@ -236,7 +256,7 @@ class _Work:
 
 
 def _rewritten(
-    sample: Sample, turns: list[Turn], new: dict[int, Converted], style: Style, provenance: dict[str, Any]
+    sample: Sample, turns: Sequence[Turn], new: dict[int, Converted], style: Style, provenance: dict[str, Any]
 ) -> Sample:
     """The sample with its converted turns in place; id and images stay, references and style are the last turn's."""
     native = next((turn.format for turn in turns if turn.format), "")
@@ -271,7 +291,7 @@ def _rewritten(
     }
 
 
-def _shared_endings(samples: Sequence[Sample]) -> list[str]:
+def _shared_endings(samples: Samples) -> list[str]:
     """A sentence, not known to us, that asks for an answer's format at the end of nine of ten first questions."""
     endings: Counter[str] = Counter()
     for sample in samples:

@@ -5,6 +5,7 @@ import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Literal
 
 from ..answers import is_phrase, normalise, read_box, read_number
@@ -49,15 +50,26 @@ def iou(one: Sequence[float], other: Sequence[float]) -> float:
 class Pool:
     """The distinct answers of a task, by kind and, within it, by how the question begins ("what color", "how many")."""
 
-    def __init__(self, answers: Iterable[tuple[str, str, Kind]]):
+    def __init__(self, answers: Iterable[tuple[str, str, Kind]] = ()):
         """`answers` are (question, answer, kind)."""
-        found: dict[_Key, dict[str, str]] = defaultdict(dict)
+        self._found: dict[_Key, dict[str, str]] = defaultdict(dict)
         for question, answer, kind in answers:
-            for key in ((kind,), (kind, question_type(question))):
-                form = found[key].setdefault(normalise(answer), answer)
-                found[key][normalise(answer)] = min(form, answer)  # whatever order the samples come in
-        self._answers = {key: [forms[form] for form in sorted(forms)] for key, forms in found.items()}
-        self._numbers = {
+            self.add(question, answer, kind)
+
+    def add(self, question: str, answer: str, kind: Kind) -> None:
+        """One more answer. All are added before any is drawn."""
+        normal = normalise(answer)
+        for key in ((kind,), (kind, question_type(question))):
+            forms = self._found[key]
+            forms[normal] = min(forms.get(normal, answer), answer)  # whatever order the samples come in
+
+    @cached_property
+    def _answers(self) -> dict[_Key, list[str]]:
+        return {key: [forms[form] for form in sorted(forms)] for key, forms in self._found.items()}
+
+    @cached_property
+    def _numbers(self) -> dict[_Key, list[str]]:
+        return {
             key: sorted(answers, key=lambda answer: float(str(read_number(answer))))
             for key, answers in self._answers.items()
             if key[0] == "number"

@@ -24,10 +24,16 @@ class Llm:
 
     patience = 3  # failures for each sample wanted: a model that is right one time in four still fills its part
 
-    def __init__(self, dialogues: Sequence[Sequence[Turn]], *, endpoint: Endpoint, pictures: Mapping[str, Picture]):
-        self._rules, self._endpoint, self._pictures = Rules(dialogues), endpoint, pictures
+    at_once = None  # the endpoint is kept busy, and tells how far it is in all
+
+    def __init__(self, endpoint: Endpoint, pictures: Mapping[str, Picture]):
+        self._rules, self._endpoint, self._pictures = Rules(), endpoint, pictures
         self._usage: Counter[str] = Counter()
         self._not_taken = ""
+
+    def learn(self, turns: Sequence[Turn]) -> None:
+        """Take note of the answers of a dialogue, for what is done by rule."""
+        self._rules.learn(turns)
 
     def why_not(self, turn: Turn, style: Style) -> str | None:
         """Why a turn cannot be put into a style, as far as that is known without asking."""

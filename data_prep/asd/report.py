@@ -12,7 +12,7 @@ _CLOSE_ENOUGH = 0.005  # half a percentage point of the share asked for
 
 def make_report(done: Conversion, asd: AsdConfig, seed: int) -> dict[str, Any]:
     """Counts and reasons by style, balance of letters and of yes and no, examples before and after."""
-    new = [after for before, after in zip(done.before, done.after, strict=True) if after is not before]
+    new = [done.converted[index] for index in sorted(done.converted)]
     counts = Counter(sample["style"] for sample in new)
     total, reached = len(done.before), len(new)
     styles = {
@@ -80,11 +80,11 @@ def _why_not(done: Conversion, reached: int) -> list[str]:
 def _examples(done: Conversion) -> dict[str, list[dict[str, Any]]]:
     examples: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for index in done.order:
-        before, after = done.before[index], done.after[index]
-        if after is not before and len(examples[after["style"]]) < _EXAMPLES:
+        after = done.converted.get(index)
+        if after and len(examples[after["style"]]) < _EXAMPLES:
             texts = {
                 name: {"prompt": sample["prompt"], "completion": sample["completion"]}
-                for name, sample in (("before", before), ("after", after))
+                for name, sample in (("before", done.before[index]), ("after", after))
             }
             examples[after["style"]].append(
                 {"id": after["id"], "images": after["images"], "how": after["meta"]["asd"]["how"], **texts}

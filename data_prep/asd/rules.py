@@ -4,7 +4,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from ..answers import extract, normalise
+from ..answers import normalise
+from ..extraction import extract
 from ..schema import Style
 from ..styles import state_answer
 from .distractors import Kind, Pool
@@ -19,13 +20,16 @@ class Rules:
 
     patience = None
 
-    def __init__(self, dialogues: Sequence[Sequence[Turn]]):
-        self._pool = Pool(
-            (turn.question, turn.content, turn.kind)
-            for turns in dialogues
-            for turn in turns
-            if turn.content and turn.kind
-        )
+    at_once = 256
+
+    def __init__(self) -> None:
+        self._pool = Pool()
+
+    def learn(self, turns: Sequence[Turn]) -> None:
+        """Take note of the answers of a dialogue."""
+        for turn in turns:
+            if turn.content and turn.kind:
+                self._pool.add(turn.question, turn.content, turn.kind)
 
     def why_not(self, turn: Turn, style: Style) -> str | None:
         """Why a turn cannot be put into a style, as far as that is known without trying."""
@@ -89,11 +93,11 @@ class Rules:
         wrong = [option for option in turn.options if normalise(option) != right and not _ABOUT_OPTIONS.match(option)]
         if not wrong:
             raise Unreachable("no wrong option that can be asked about alone")
-        return Material("another of its options", [job.rng.choice(wrong)])
+        return Material("another of its options", [job.rng().choice(wrong)])
 
     def _wrong(self, turn: Turn, count: int, job: Job) -> list[str]:
         kind: Kind | None = turn.kind
-        wrong = self._pool.wrong(turn.question, turn.references, kind, count, job.rng) if kind else []
+        wrong = self._pool.wrong(turn.question, turn.references, kind, count, job.rng()) if kind else []
         if not wrong:
             raise Unreachable("no wrong answer of the same kind in the task")
         return wrong

@@ -5,7 +5,8 @@ import random
 import string
 from collections.abc import Sequence
 
-from ..answers import extract, normalise
+from ..answers import normalise
+from ..extraction import extract
 from ..schema import Reasoning, Sample, Style
 from ..styles import THINK, build_prompt, fits, split_prompt, split_reasoning, state_proposition
 from .distractors import Kind, answer_kind
@@ -53,13 +54,17 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One turn of a sample, wanted in a style. `rng` is the job's own: what is drawn depends on nothing else."""
+    """One turn of a sample, wanted in a style. What is drawn for it depends on nothing but its `seed`."""
 
     turns: Sequence[Turn]
     position: int
     style: Style
     images: Sequence[str]
-    rng: random.Random
+    seed: str
+
+    def rng(self) -> random.Random:
+        """The job's own generator, at its start."""
+        return random.Random(self.seed)
 
     @property
     def turn(self) -> Turn:

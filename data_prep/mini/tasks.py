@@ -19,12 +19,9 @@ from mcit.data_prep.styles import build_prompt
 
 from . import rationales, world
 
-_USUAL = {"train": 1000, "validation": 100, "test": 200}
 # What is learned slowest has more samples to train.
-SIZES = dict.fromkeys(rationales.TASKS, _USUAL) | {
-    "digits": _USUAL | {"train": 4000},
-    "arithmetic": _USUAL | {"train": 2000},
-}
+_TRAIN = {"digits": 3500, "counting": 1200, "spatial": 700, "grounding": 400, "arithmetic": 2000}
+SIZES = {task: {"train": _TRAIN[task], "validation": 100, "test": 200} for task in rationales.TASKS}
 Program = dict[str, Any]
 Make = Callable[[np.random.Generator], Program]
 

@@ -5,16 +5,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..build import final_answer, give_style, has_form
 from ..checks import Tally, TokenCounter
 from ..errors import InputError
+from ..forms import final_answer, give_style, has_form
 from ..images import ImageFacts
 from ..readers import Part
 from ..schema import Sample, Style
+from ..spool import Record
 from ..styles import parse, split_reasoning
 from .pictures import Pictures, leads_out
 from .problems import Ref, Severity
-from .scan import Entry, Record, Scan
+from .scan import Entry, Scan
 from .texts import answer_key, question_key
 
 # Styles of one form: no answer that scoring can read meets a reference without it.
@@ -111,8 +112,8 @@ def _check_pictures(scan: Scan) -> None:
         remarks: dict[tuple[Severity, str], list[int]] = {}
         links: dict[Path, list[int]] = {}
         for number in sorted(numbers):
-            path, picture = scan.pictures.paths[number], scan.pictures.found[number]
-            for root in dict.fromkeys(scan.builder.roots):
+            path, picture = Path(scan.pictures.paths[number]), scan.pictures.found[number]
+            for root in dict.fromkeys(scan.reader.roots):
                 if link := leads_out(path, root):
                     links.setdefault(link, []).append(number)
             if not isinstance(picture, InputError):

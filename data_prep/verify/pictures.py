@@ -13,7 +13,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import InputError
-from ..images import UNREADABLE, ImageFacts, load_image, map_images, read_image, to_rgb, unreadable
+from ..image_files import ImageFiles, map_images
+from ..images import UNREADABLE, ImageFacts, load_image, read_image, to_rgb, unreadable
 from .problems import Severity
 
 _ARCHIVES = (b"PK\x03\x04", b"\x1f\x8b", b"7z\xbc\xaf", b"Rar!", b"BZh", b"\xfd7zXZ")
@@ -39,20 +40,12 @@ class Picture(NamedTuple):
     remarks: tuple[tuple[Severity, str], ...]
 
 
-class Pictures:
+class Pictures(ImageFiles):
     """All images of what is verified, by number."""
 
     def __init__(self) -> None:
-        self.numbers: dict[Path, int] = {}
-        self.paths: list[Path] = []
+        super().__init__()
         self.found: list[Picture | InputError] = []
-
-    def number(self, path: Path) -> int:
-        """The number of an image, a new one for a path that is new."""
-        if path not in self.numbers:
-            self.numbers[path] = len(self.paths)
-            self.paths.append(path)
-        return self.numbers[path]
 
     def look(self, show: Callable[[str], None]) -> None:
         """Decode them all, on all cores. `show` gets lines of progress."""
@@ -154,7 +147,7 @@ def _alike(one: int, other: int, pictures: Pictures) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _reduced(path: Path, cells: int) -> np.ndarray:
+def _reduced(path: str, cells: int) -> np.ndarray:
     """The mean colours of the cells of an image."""
     return np.asarray(load_image(path).resize((cells, cells), Image.Resampling.BOX), dtype=np.int16)
 

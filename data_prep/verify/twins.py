@@ -5,9 +5,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ..build import PARTS, final_answer
 from ..errors import InputError
-from ..readers import Part
+from ..forms import final_answer
+from ..readers import PARTS, Part
 from .pictures import HASH_BITS, Pictures, near
 from .problems import Ref
 from .scan import Entry, Scan

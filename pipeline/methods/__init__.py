@@ -11,6 +11,8 @@ from mcit.data_prep.errors import InputError
 
 from .asd import Asd
 from .base import Method, StepView
+from .gere import Gere
+from .moextend import MoExtend
 from .reglora import RegLora
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
 
-METHODS: dict[str, type[Method]] = {"asd": Asd, "reglora": RegLora}
+METHODS: dict[str, type[Method]] = {"asd": Asd, "gere": Gere, "moextend": MoExtend, "reglora": RegLora}
 
 # Names that stand for several methods with the settings of one paper.
 EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -76,6 +78,9 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
     for method in methods:
         _require(method, "lineage", train.lineage, method.lineages)
         _require(method, "paradigm", train.paradigm, method.paradigms)
+        if method.carries and {train.modules.projector, train.modules.vision} != {"frozen"}:
+            problem = f"{method.name} trains nothing but its own weights"
+            raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")
         for other in methods:
             if other.name in method.conflicts:
                 raise InputError(

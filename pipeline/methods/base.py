@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from mcit.data_prep import schema
@@ -10,9 +11,13 @@ from mcit.data_prep.schema import Sample
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
-    from transformers import TrainerCallback
+    from transformers import PreTrainedModel, TrainerCallback
 
+    from ..collator import Collator
     from ..recipe import Stage
+    from ..replay import Replay, Replayed
+    from ..stage import Entered
+    from ..trainer import MethodLoss
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]
 
@@ -22,7 +27,8 @@ class StepView:
     """What `Method.loss` sees of one micro-batch; it hides which trainer runs it."""
 
     model: "PeftModel"  # unwrapped; the adapter in training is `default`
-    inputs: Mapping[str, Any]  # the micro-batch, as the trainer prepared it
+    inputs: Mapping[str, Any]  # the micro-batch, as the trainer prepared it; the last rows may be replayed samples
+    replayed: int  # how many of them are
     step: int  # optimizer steps done so far in this stage
     micro_batches: int  # of this optimizer step, on this process
     share: float  # samples of this micro-batch over those of the global batch, times the number of processes
@@ -36,7 +42,8 @@ class Method:
 
     A recipe's `method: {<name>: {…}}` is validated by `Config`. `neutral` holds the settings under which the method
     does nothing: then training must equal sequential tuning under the same lineage bit for bit, and draw no random
-    number. State is a flat mapping of tensors, saved after each stage and handed to the next one.
+    number. State is a flat mapping of tensors, saved after each stage and handed to the next one. Between steps the
+    model may also run in evaluation mode (`eval.during`): hooks on its modules look at `training`.
     """
 
     name: ClassVar[str]
@@ -53,6 +60,19 @@ class Method:
     def __init__(self, config: schema.Config):
         self.config = config
 
+    @property
+    def carries(self) -> bool:
+        """Whether what the method trains holds the policy, in the place of a LoRA: then it has `enter` and `leave`."""
+        return False
+
+    def enter(self, model: "PreTrainedModel", state: dict[str, "Tensor"], collator: "Collator") -> "PreTrainedModel":
+        """The entering policy with what trains in it, made of the untouched base; it comes before `build`."""
+        raise NotImplementedError
+
+    def leave(self, model: "PreTrainedModel", processor: Any, folder: Path) -> None:
+        """Write the policy to `folder` as a merged model, after `finish`; `model` is not used afterwards."""
+        raise NotImplementedError
+
     def build(self, model: "PeftModel", state: dict[str, "Tensor"]) -> None:
         """Prepare for a stage: `state` is what `finish` returned after the stage before (empty in the first)."""
 
@@ -64,12 +84,33 @@ class Method:
         """A term to add to the loss of this micro-batch, a scalar, or None.
 
         Terms are summed over the micro-batches of an optimizer step and averaged over processes. So a term that depends
-        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples is multiplied by
-        `view.share` (micro-batches need not be equally large). What counts then depends neither on the accumulation
-        split nor on the number of processes. A term may be shared out, as a sum of which each process returns its own
-        part times `view.processes`; one that has none returns a zero, so that all log the same terms.
+        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples, those that are
+        not replayed, is multiplied by `view.share` (micro-batches need not be equally large). What counts then depends
+        neither on the accumulation split nor on the number of processes. A term may be shared out, as a sum of which
+        each process returns its own part times `view.processes`; one that has none returns a zero, so that all log the
+        same terms.
         """
         return None
+
+    def replay(self, kept: list[Sample]) -> "Replay | None":
+        """The samples to see in every global batch beside the stage's own, which are neither fewer nor dealt otherwise.
+
+        `kept` is what the method keeps: of general data, the recipe's anchor samples. Image paths are absolute.
+        """
+        return None
+
+    def begin(self, entered: "Entered", trainer: "MethodLoss") -> None:
+        """Look at the entering policy, on its devices, before the first step; all processes join in.
+
+        `trainer.look` runs models over the samples of `replay`.
+        """
+
+    def replay_loss(self, seen: "Replayed") -> "Tensor":
+        """The loss of each replayed sample, [n]; what counts is its mean over the replayed samples of a global batch.
+
+        So a sample's loss must not depend on what else is in `seen`, nor then does training on how batches are split.
+        """
+        raise NotImplementedError
 
     def callbacks(self) -> list["TrainerCallback"]:
         """Callbacks for what acts per step."""

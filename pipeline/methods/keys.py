@@ -68,9 +68,9 @@ def add_keys(packed: Tensor | None, a: Tensor, b: Tensor, fraction: float, bits:
 class MeanAtKeys(torch.autograd.Function):
     """`sum(count * |b a|) / sum(count)` over a layer, a scalar, for `a` [r, in], `b` [out, r] and packed counts.
 
-    At least in float32, whatever the factors are in. The backward pass makes the tiles anew: gradients kept for it from
-    the forward pass would be as large as all factors, more than the counts themselves. With G = count * sign(b a), they
-    are `G a^T` for b and `b^T G` for a.
+    At least in float32, whatever the factors are in. The backward pass makes the tiles anew instead of keeping any:
+    gradients kept from the forward pass would be as large as all factors, more than the counts themselves. With
+    G = count * sign(b a), they are `G a^T` for b and `b^T G` for a.
     """
 
     @staticmethod

@@ -1,0 +1,51 @@
+"""The page of a sweep, or of several side by side: every metric and cell as mean and 95 % interval over its runs."""
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+from mcit.data_prep.files import atomic_open
+
+from .report import METRICS, write_matrix_image
+from .stats import Interval
+from .sweep import Matrix, read_sweep
+
+
+def write_sweep_report(paths: list[Path], out: Path) -> Path:
+    """Write `index.html` and `matrix.png` (the means) into the folder `out`; returns the page's path.
+
+    A run among `paths` counts as a sweep of one. Raises `InputError` for a directory without `results.json`.
+    """
+    sweeps = [read_sweep(path) for path in paths]
+    out.mkdir(parents=True, exist_ok=True)
+    matrices = [(sweep["name"], matrix) for sweep in sweeps for matrix in sweep["matrices"]]
+    write_matrix_image([_means(name, matrix) for name, matrix in matrices], out / "matrix.png")
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]), undefined=StrictUndefined
+    )
+    names = dict.fromkeys(metric for sweep in sweeps for metric in sweep["metrics"])
+    page = environment.get_template("sweep.html.j2").render(
+        title=" · ".join(sweep["name"] for sweep in sweeps),
+        sweeps=sweeps,
+        metrics={metric: METRICS.get(metric, "") for metric in names},
+        shown=shown,
+    )
+    with atomic_open(out / "index.html") as file:
+        file.write(page)
+    return out / "index.html"
+
+
+def shown(interval: Interval | None) -> str:
+    """`71.3 ± 2.1`, half of the interval's width after the sign, or the mean alone where there is no interval."""
+    if interval is None:
+        return "–"
+    half = None if interval["high"] is None else interval["high"] - interval["mean"]
+    return f"{interval['mean']:.1f}" if half is None else f"{interval['mean']:.1f} ± {half:.1f}"
+
+
+def _means(name: str, matrix: Matrix) -> dict[str, Any]:
+    """The means of a matrix in the form of a run's results."""
+    cells = [[cell and cell["mean"] for cell in row] for row in matrix["cells"]]
+    title = name if matrix["order"] is None else f"{name}, {matrix['order']}"
+    return {"name": title, "matrix": cells, **{key: matrix[key] for key in ("tasks", "stages", "learned")}}

@@ -1,0 +1,67 @@
+"""Standard errors and intervals against matrix algebra, a library, and simulation."""
+
+import random
+import statistics
+
+import numpy as np
+import pytest
+from scipy.stats import ttest_1samp
+
+from mcit.eval.stats import clustered_stderr, image_clusters, mean_interval
+
+
+def sandwich(values, clusters):
+    """The cluster-robust error of a constant: the root of (X'X)⁻¹ (Σ_g X_g' e_g e_g' X_g) (X'X)⁻¹ · G / (G − 1)."""
+    y, X = np.array(values)[:, None], np.ones((len(values), 1))
+    bread = np.linalg.inv(X.T @ X)
+    e = y - X @ (bread @ X.T @ y)
+    groups = [np.array([c == g for c in clusters]) for g in sorted(set(clusters))]
+    meat = sum(X[g].T @ e[g] @ e[g].T @ X[g] for g in groups)
+    return float(np.sqrt(bread @ meat @ bread * len(groups) / (len(groups) - 1)).item())
+
+
+def test_clustered_stderr_is_the_sandwich_of_a_regression_on_a_constant():
+    rng = random.Random(0)
+    for _ in range(100):
+        n = rng.randint(3, 40)
+        clusters = [rng.randrange(rng.randint(2, 12)) for _ in range(n)]
+        values = [rng.uniform(0, 100) for _ in range(n)]
+        if len(set(clusters)) > 1:
+            assert clustered_stderr(values, clusters) == pytest.approx(sandwich(values, clusters), abs=1e-9)
+
+
+def test_clustered_stderr_is_how_much_means_really_vary():
+    """Questions on one image that mostly share its fate: the clustered error is right, the plain one far too small."""
+    rng = np.random.default_rng(0)
+    means, clustered, plain = [], [], []
+    for _ in range(400):
+        sizes = rng.integers(1, 9, 60)
+        ease = np.repeat(rng.uniform(0, 1, 60), sizes)
+        values = 100.0 * (rng.uniform(0, 1, len(ease)) < np.where(ease > 0.5, 0.95, 0.05))
+        images = np.repeat(np.arange(60), sizes).tolist()
+        means.append(values.mean())
+        clustered.append(clustered_stderr(values.tolist(), images))
+        plain.append(clustered_stderr(values.tolist(), range(len(values))))
+    truth = statistics.stdev(means)
+    assert statistics.mean(clustered) == pytest.approx(truth, rel=0.1)
+    assert statistics.mean(plain) < 0.6 * truth
+
+
+def test_rows_without_an_image_are_clusters_of_their_own():
+    assert image_clusters(["x", None, "x", None]) == [("image", "x"), ("row", 1), ("image", "x"), ("row", 3)]
+
+
+def test_mean_interval_is_student_s():
+    rng = random.Random(1)
+    for n in (2, 3, 5, 20):
+        values = [rng.uniform(0, 100) for _ in range(n)]
+        found, theirs = mean_interval(values), ttest_1samp(values, 0).confidence_interval(0.95)
+        assert (found["mean"], found["n"]) == (pytest.approx(statistics.mean(values)), n)
+        assert (found["low"], found["high"]) == (pytest.approx(theirs.low), pytest.approx(theirs.high))
+    three = mean_interval([1.0, 2.0, 3.0])
+    assert three["high"] == pytest.approx(2 + 4.302653 / 3**0.5)  # t of two degrees of freedom, from a table
+
+
+def test_one_run_has_no_interval():
+    assert mean_interval([7.0]) == {"mean": 7.0, "low": None, "high": None, "n": 1}
+    assert mean_interval([7.0, 7.0]) == {"mean": 7.0, "low": 7.0, "high": 7.0, "n": 2}
