@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import save_qwen3_vl_moe
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -417,6 +418,18 @@ def test_methods_together(prepared: tuple[Path, Path], tmp_path: Path) -> None:
     for k in (1, 2):
         stage = train(run, prepared[1], k, method)
     assert min(logged(stage, "gere_loss")) > 0 and logged(stage, "reglora_loss")[-1] > 0
+
+
+def test_beside_new_experts_the_base_is_looked_at_without_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_qwen3_vl_moe(tmp_path / "base")
+    samples, anchors = {"colour": uneven("colour", 12, 1)}, {"pictures": make_samples("pictures", 4)}
+    recipe = make_run(tmp_path / "run", samples, RECIPE, tmp_path / "base", anchors)
+    files = []
+    for name, more in (("plain", ""), ("experts", ", moextend: {experts: 1, layers: [1], router_steps: 2}")):
+        monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache" / name))
+        stage = train(copy_run(tmp_path / "run", tmp_path / name, "00-base"), recipe, 1, f"method={{gere: {{}}{more}}}")
+        files += anchor_files().values()
+    assert files[0] == files[1] and logged(stage, "gere_loss")[-1] > 0
 
 
 def test_labels_alone_need_no_anchor(prepared: tuple[Path, Path], first: Path, tmp_path: Path) -> None:
