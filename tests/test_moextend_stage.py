@@ -1,13 +1,16 @@
 """MoExtend in real stages: what is trained, saved, served and carried on."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, save_llava_mixtral
+from rich.console import Console
 from safetensors.torch import load_file
 from test_families import VLLM, questions
+from tiny_moe import build_model, build_processor
 from training import make_run, make_samples, uneven
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,9 +25,12 @@ from mcit.eval.liveness import engine_scores, prove, transformers_scores
 from mcit.eval.serving import read_serving
 from mcit.pipeline.collator import Collator
 from mcit.pipeline.methods.moextend import MoExtend, _restore
-from mcit.pipeline.methods.moextend.models import blocks_of
+from mcit.pipeline.methods.moextend.models import blocks_of, save
 from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.run import perform_steps, start_run
 from mcit.pipeline.stage import run_stage
+from mcit.pipeline.step import Launch
+from mcit.pipeline.terminal import Terminal
 
 RECIPE = """
 method: {moextend: {experts: 2, layers: [1], router_steps: 5}}
@@ -265,3 +271,30 @@ def test_vllm_answers_as_the_model_in_training_did(family: str, layers: str, tmp
         engine.close()
     assert proof["effect"] > 0.01 and proof["gap_max"] < 1e-4
     assert proof["note"].startswith("stage 2 (words, a merged model): acts")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_tiny_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mini/moe` from data to report, by vLLM; again, nothing is left to do."""
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
+    save(model, processor, blocks_of(model, "all"), tmp_path / "tiny_moe")
+    overrides = [f"base_model.path={tmp_path / 'tiny_moe'}", "stream=[digits, arithmetic]", "eval.engine=vllm"]
+    overrides += ["prepare.limit={train: 16, test: 4}", "eval.during={dense: 1, probes: 4}"]
+    terminal, done = Terminal(Console(file=io.StringIO(), width=200)), []
+    for _ in range(2):
+        run = start_run(load_recipe("mini/moe", overrides), tmp_path / "run", Launch.named("single"), terminal)
+        perform_steps(run, run.steps(), terminal)
+        done.append({step.name: step.marker.read_text() for step in run.steps()})
+    assert done[0] == done[1]
+    results = read_json(tmp_path / "run" / "results.json")
+    assert (
+        len(results["matrix"]) == 3 and results["metrics"]["MFN"] is not None and results["metrics"]["LCA"] is not None
+    )
+    for name in ("01-digits", "02-arithmetic"):
+        stage = tmp_path / "run" / "stages" / name
+        proof = read_json(stage / "liveness.json")
+        assert (stage / "during.json").exists() and read_serving(stage).kind == "merged"
+        assert proof["engine"] == "vllm" and proof["gap_max"] < 1e-4
+    assert (tmp_path / "run" / "report" / "index.html").exists()
