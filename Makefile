@@ -38,8 +38,8 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	mkdir -p .build/mcit
-	for folder in pipeline data_prep eval; do ln -sfn ../../$$folder .build/mcit/$$folder; done
-	cd .build && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p mcit.data_prep -p mcit.eval -p mcit.pipeline
+	for folder in pipeline data_prep eval slurm; do ln -sfn ../../$$folder .build/mcit/$$folder; done
+	cd .build && MYPYPATH=. ../$(BIN)/mypy --config-file ../pyproject.toml -p mcit.data_prep -p mcit.eval -p mcit.pipeline -p mcit.slurm
 
 format: install
 	$(BIN)/ruff format .

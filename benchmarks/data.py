@@ -4,8 +4,9 @@
 
 Makes a LLaVA JSON file of synthetic questions on drawn JPEG images of 160×120 pixels in OUT, once, and a tenth as many
 to test on. Then runs each command in a process of its own, from an empty cache, and prints and writes (`OUT/data.json`)
-seconds, CPU seconds, samples a second and peak memory: the largest resident set of one process, and of all processes of
-the command together, sampled ten times a second. `--only decoders` compares ways to use the cores on the images.
+seconds, CPU seconds, samples a second and peak memory, sampled ten times a second: the largest resident set of one
+process, and the sum over all processes of the command with shared pages counted once. `imports` is what is imported to
+check trainer arguments and to count tokens. `--only decoders` compares ways to use the cores on the images.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from mcit.data_prep.image_files import map_images
 from mcit.data_prep.verify.pictures import look_at
 
 MCIT = "from mcit.pipeline.cli import main; main()"
+IMPORTS = "from transformers import AutoProcessor, TrainingArguments"
 SIDES = (160, 120)
 COLOURS = ("red", "green", "blue", "orange", "purple", "brown", "black", "gray")
 RECIPE = """
@@ -70,18 +72,18 @@ def draw(path: Path, rng: random.Random) -> None:
     image.save(path, quality=85)
 
 
-def measure(command: list[str], cache: Path) -> dict[str, float]:
-    """Run `mcit …`; seconds, and peak memory in MB of the largest and of all processes."""
+def measure(code: str, arguments: list[str], cache: Path) -> dict[str, float]:
+    """Run `python -c code arguments`; seconds, and peak memory in MB of the largest and of all processes."""
     environment = os.environ | {"MCIT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     start, before = time.monotonic(), os.times()
-    process = subprocess.Popen([sys.executable, "-c", MCIT, *command], env=environment)
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
     peak = {"largest": 0.0, "together": 0.0}
 
     def watch() -> None:
         while process.poll() is None:
-            sizes = [resident(pid) for pid in family(process.pid)]
-            peak["largest"] = max([peak["largest"], *sizes])
-            peak["together"] = max(peak["together"], sum(sizes))
+            sizes = [memory(pid) for pid in family(process.pid)]
+            peak["largest"] = max(peak["largest"], *(resident for resident, _ in sizes))
+            peak["together"] = max(peak["together"], sum(share for _, share in sizes))
             time.sleep(0.1)
 
     watcher = threading.Thread(target=watch)
@@ -120,13 +122,14 @@ def family(pid: int) -> list[int]:
     return found
 
 
-def resident(pid: int) -> float:
-    """Resident memory of a process in MB, or 0 if it ended."""
+def memory(pid: int) -> tuple[float, float]:
+    """Resident and proportional memory of a process (Rss and Pss of Linux) in MB, or 0 if it ended."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return 0, 0
+    found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
+    return found.get("Rss", 0), found.get("Pss", 0)
 
 
 def main() -> None:
@@ -149,16 +152,17 @@ def main() -> None:
         shutil.rmtree(out / made, ignore_errors=True)
     cache, run = out / "cache", ["--run-dir", str(out / "run")]
     commands = {
-        "prepare": ["prepare", str(out / "recipe.yaml"), *run],
-        "prepare again": ["prepare", str(out / "recipe.yaml"), *run],
-        "verify": ["verify", str(out / "recipe.yaml")],
-        "asd": ["asd", str(out / "train.json"), str(out / "asd.jsonl"), "--images", str(out / "images")],
+        "prepare": (MCIT, ["prepare", str(out / "recipe.yaml"), *run]),
+        "prepare again": (MCIT, ["prepare", str(out / "recipe.yaml"), *run]),
+        "verify": (MCIT, ["verify", str(out / "recipe.yaml")]),
+        "asd": (MCIT, ["asd", str(out / "train.json"), str(out / "asd.jsonl"), "--images", str(out / "images")]),
+        "imports": (IMPORTS, []),
     }
     results = {}
-    for name, command in commands.items():
+    for name, (code, command) in commands.items():
         if arguments.only and name not in arguments.only:
             continue
-        found = measure(command, cache)
+        found = measure(code, command, cache)
         results[name] = {key: round(value, 1) for key, value in found.items()}
         rate = arguments.samples / found["seconds"]
         print(

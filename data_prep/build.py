@@ -8,7 +8,7 @@ import os
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import cast
 
@@ -18,7 +18,7 @@ from .identity import Ids, choose_groups, image_ids, rank, split_keys
 from .image_files import ImageFiles
 from .images import ImageFacts
 from .readers import PARTS, Part
-from .schema import PrepareConfig, Sample, Style, TaskConfig
+from .schema import AnchorConfig, PrepareConfig, Sample, Style, TaskConfig
 from .spool import Record, Spool, offsets_of
 from .styles import default_scorer
 from .task_reader import TaskReader
@@ -45,7 +45,9 @@ class Builder:
         ids = self._read()
         style = self.reader.choose_style()
         self._name(ids, style)
-        if "test" not in self.parts:
+        if isinstance(self.task, AnchorConfig):
+            self.parts["test"] = array("q")
+        elif "test" not in self.parts:
             self._split_off_test()
         self._limit()
         self._check_images()
@@ -54,7 +56,7 @@ class Builder:
         written, forms = self._write(images)
         self._note_shared_images()
         self._note_what_was_passed_over()
-        scorer = self._choose_scorer(style, forms["test"].fewest_references)
+        scorer = self._choose_scorer(style, forms["test"].fewest_references or forms["train"].fewest_references)
         task = {
             "name": self.task.name,
             "style": style,
@@ -118,8 +120,8 @@ class Builder:
         except InputError as error:
             raise InputError(error.problem, where=self.task.name, remedy=error.remedy) from None
         held_out = [group in chosen for group in groups]
-        self.parts["train"] = array("q", (place for place, out in zip(train, held_out, strict=True) if not out))
-        self.parts["test"] = array("q", (place for place, out in zip(train, held_out, strict=True) if out))
+        self.parts["train"] = array("q", compress(train, (not held for held in held_out)))
+        self.parts["test"] = array("q", compress(train, held_out))
         self.notes.append(
             f"no test set given: {len(self.parts['test'])} samples split off, "
             f"those of {len(chosen)} of {len(set(groups))} images or questions"
@@ -189,8 +191,9 @@ class Builder:
     def _write(self, images: dict[str, ImageFacts]) -> tuple[dict[Part, Written], dict[Part, GoldForms]]:
         """Write the parts; returns what was written, and what their gold answers look like."""
         present = [part for part in PARTS if part in self.parts]
+        nothing = "train" if self.task.train is None else "test" if isinstance(self.task, AnchorConfig) else None
         for part in present:
-            if part != "train" or self.task.train is not None:
+            if part != nothing:
                 self._refuse_empty(self.parts[part], part)
         written, forms = {}, {part: GoldForms() for part in present}
         for part in present:

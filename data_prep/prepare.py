@@ -133,7 +133,8 @@ def _diversify(
             pictures = {name: Picture(image_path(native, task, name), facts.sha256) for name, facts in images.items()}
             converter = Llm(Endpoint(asd, cache, show), pictures)
         done = convert(SampleFile(native / "train.jsonl"), asd.fraction, seed, converter, known_formats=known_formats)
-        report, parts = make_report(done, asd, seed), cast(dict[Part, Iterable[Sample]], {"train": done.after()})
+        report = make_report(done, asd, seed)
+        parts: dict[Part, Iterable[Sample]] = {"train": done.after()}
         parts |= {part: iter_samples(native, part) for part in PARTS if part != "train" and task["counts"][part]}
         folder = _derive(native, parts, [f"ASD: {report['summary']}"], {"asd_report.json": report}, cache)
         remember(cache, key, folder, [])

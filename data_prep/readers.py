@@ -56,7 +56,7 @@ def read_rows(
         elif kind == "list":
             yield from ((f"{path}: sample {index}", row) for index, row in enumerate(_json_list(path, on_broken), 1))
         elif unwrap is not None and (document := _json_object(path)) is not None:
-            yield from ((f"{path}: sample {index}", row) for index, row in enumerate(unwrap(document), 1))
+            yield from _unwrapped(unwrap, document, path)
         else:
             yield from iter_jsonl(path, on_broken)
 
@@ -208,7 +208,7 @@ def _salvaged(text: str, path: Path, on_broken: Callable[[InputError], None]) ->
         try:
             row, position = decoder.raw_decode(text, start)
             found.append((start, position, row))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             position = start + 1
     keys = set(max(found, key=lambda row: row[1] - row[0])[2]) if found else set()
     rows = [row for row in found if not keys.isdisjoint(row[2])]
@@ -221,6 +221,17 @@ def _salvaged(text: str, path: Path, on_broken: Callable[[InputError], None]) ->
         end = stop
 
 
+def _unwrapped(unwrap: Callable[[Any], Iterable[Any]], document: Any, path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        for index, row in enumerate(unwrap(document), 1):
+            yield f"{path}: sample {index}", row
+    except InputError:
+        raise
+    except Exception as error:  # an object of another form, or a user's own function, can fail in any way
+        problem = f"the layout finds no rows in it: {type(error).__name__}: {error}"
+        raise InputError(problem, where=path, remedy="Look at the file, and at `layout:` of the task") from None
+
+
 def _json_object(path: Path) -> Any:
     """The value of a file that is one JSON object; `None` where it is one object a line."""
     try:
@@ -231,6 +242,8 @@ def _json_object(path: Path) -> Any:
         where = f"{path}:{error.lineno}:{error.colno}"
         remedy = "The file may be half-written: fetch it again"
         raise InputError(f"malformed JSON: {error.msg}", where=where, remedy=remedy) from None
+    except (RecursionError, ValueError) as error:  # nested thousands deep, or a number of thousands of digits
+        raise InputError(f"malformed JSON: {error}", where=path) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -77,6 +77,13 @@ class TaskConfig(Config):
     overrides: dict[str, Any] = Field(default_factory=dict)  # of `train:`, for stages that train this task
 
 
+class AnchorConfig(TaskConfig):
+    """General samples (`anchors:` of a recipe), given like a task: methods see all of them, and none is ever scored."""
+
+    train: str
+    test: Literal[0] = 0
+
+
 class LimitConfig(Config):
     """Caps on the number of samples a task; the subset depends on the data alone, never on the run's seed."""
 

@@ -39,17 +39,16 @@ class Factors(NamedTuple):
 Adapter = dict[str, Factors]  # by module name of the base model
 
 
-def lora_layers(model: PeftModel, adapter: str = "default") -> list[tuple[str, nn.Parameter, nn.Parameter, float]]:
+def lora_layers(model: PeftModel, adapter: str = "default") -> list[tuple[str, Tensor, Tensor, float]]:
     """The live factors of `adapter`: (module name in the base model, A [r, in], B [out, r], scaling).
 
     They are whole under ZeRO-3 too, for which all processes call this together.
     """
-    layers: list[tuple[str, nn.Parameter, nn.Parameter, float]] = []
+    layers = []
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and adapter in module.lora_A:
             a, b = cast(nn.Linear, module.lora_A[adapter]), cast(nn.Linear, module.lora_B[adapter])
-            factors = cast(nn.Parameter, a.weight), cast(nn.Parameter, b.weight)
-            layers.append((name, *factors, module.scaling[adapter]))
+            layers.append((name, a.weight, b.weight, module.scaling[adapter]))
     gather(factor for _, a, b, _ in layers for factor in (a, b))
     return layers
 

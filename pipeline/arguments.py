@@ -149,16 +149,17 @@ def _made(config: Callable[..., Any], paradigm: str, settings: Mapping[str, Any]
         raise InputError(str(error).splitlines()[0], where="recipe", field=field) from None
 
 
-def split_batch(global_batch: int, processes: int, per_device: int | None) -> tuple[int, int]:
+def split_batch(global_batch: int, processes: int, per_device: int | None, replayed: int = 0) -> tuple[int, int]:
     """(samples per device and micro-batch, accumulation steps) of a global batch. Raises `InputError` with a remainder.
 
-    Without `per_device`, the largest micro-batch: no accumulation.
+    Without `per_device`, the largest micro-batch: no accumulation. `replayed` samples come on top, and need not divide.
     """
     if global_batch % (processes * (per_device or 1)):
         parts = f"{processes} process{'es' if processes > 1 else ''}" + (f" × {per_device}" if per_device else "")
         raise InputError(f"{global_batch} does not divide by {parts}", where="recipe", field="train.global_batch_size")
-    per_device = per_device or global_batch // processes
-    return per_device, global_batch // (processes * per_device)
+    whole = global_batch + replayed
+    per_device = per_device or -(-whole // processes)
+    return per_device, -(-whole // (processes * per_device))
 
 
 def processes() -> int:

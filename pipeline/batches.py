@@ -6,7 +6,8 @@ or on none: TRL's GRPO cannot batch the two together, and processes that share o
 inside the vision tower (ZeRO-3 hangs where only some of them have an image).
 """
 
-from collections.abc import Iterator, Sequence, Sized
+import random
+from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -43,12 +44,48 @@ def with_images(samples: Sequence[Sample]) -> list[bool]:
     return [bool(sample["images"]) for sample in samples]
 
 
-def micro_steps(has_images: Sequence[bool], accumulation: int) -> int:
-    """Micro-steps of each global batch, `accumulation` without the rule on images.
+class Drawn(NamedTuple):
+    """Samples, by index, of which every global batch has `per_batch` beside the stage's own."""
 
-    A stage with both kinds of samples needs one more: neither kind need fill its last micro-step.
+    indices: range
+    per_batch: int
+
+    def of(self, number: int, seed: int) -> list[int]:
+        """Those of global batch `number`, counted from 0 over all epochs: permutations one after the other, cut."""
+        places = range(number * self.per_batch, (number + 1) * self.per_batch)
+        turns = {place // len(self.indices): list(self.indices) for place in places}
+        for turn, order in turns.items():
+            random.Random(f"{seed} {self.indices.start} {turn}").shuffle(order)
+        return [turns[place // len(self.indices)][place % len(self.indices)] for place in places]
+
+
+def micro_steps(parts: Iterable[tuple[int, Collection[bool]]], size: int) -> int:
+    """Micro-steps of at most `size` samples that a global batch needs, whatever of its samples have images.
+
+    `parts` are what it is made of: how many samples, out of which (whether each has images).
     """
-    return accumulation + (any(has_images) and not all(has_images))
+    counts = [(count, set(has_images)) for count, has_images in parts]
+    total = sum(count for count, _ in counts)
+    least = sum(count for count, kinds in counts if kinds == {True})
+    most = sum(count for count, kinds in counts if True in kinds)
+    return max(-(-images // size) - (images - total) // size for images in range(least, most + 1))
+
+
+def deal(
+    batch: Sequence[int], has_images: Sequence[bool], size: int, processes: int, steps: int | None = None
+) -> Iterator[list[MicroBatch]]:
+    """A batch in micro-steps of at most `size` samples, a micro-batch for each process in each.
+
+    Images come first: a kind in as few micro-steps as hold it, the last one in what remain of `steps`, if given.
+    """
+    kinds = by_kind(batch, has_images)
+    needed = [-(-len(kind) // size) for kind in kinds]
+    if steps is not None:
+        needed[-1] = steps - sum(needed[:-1])
+    for kind, count in zip(kinds, needed, strict=True):
+        for step in _evenly(kind, count):
+            shares = _evenly(step, processes)
+            yield [MicroBatch(share) if share else MicroBatch(kind[:1], loss=False) for share in shares]
 
 
 class GlobalBatchSampler(Sampler[MicroBatch]):
@@ -60,38 +97,44 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
     micro-steps; a micro-step is of one kind; no micro-batch is larger than `per_device`. The loss is a mean over the
     global batch's tokens, so only the order of summation changes with the split. Where a kind has fewer samples left
     than there are processes, the others repeat one without loss.
+
+    What is `drawn` beside the stage's own samples has the indices behind theirs. It changes neither which of these are
+    in a global batch nor how many global batches there are, and comes last in a micro-batch.
     """
 
-    def __init__(self, has_images: Sequence[bool], global_batch_size: int, per_device: int, processes: int, seed: int):
+    def __init__(
+        self,
+        has_images: Sequence[bool],
+        global_batch_size: int,
+        per_device: int,
+        processes: int,
+        seed: int,
+        drawn: Sequence[Drawn] = (),
+    ):
         self.has_images, self.global_batch_size = has_images, global_batch_size
-        self.processes, self.seed = processes, seed
+        self.processes, self.seed, self.drawn = processes, seed, drawn
+        self.own = len(has_images) - sum(len(beside.indices) for beside in drawn)
+        self.batches = -(-self.own // global_batch_size)  # an epoch
         self.micro_step_size = per_device * processes  # samples, at most
-        self.micro_steps = micro_steps(has_images, global_batch_size // self.micro_step_size)
+        parts = [(global_batch_size, has_images[: self.own])]
+        parts += [(beside.per_batch, [has_images[i] for i in beside.indices]) for beside in drawn]
+        self.micro_steps = micro_steps(parts, self.micro_step_size)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        batches = -(-len(self.has_images) // self.global_batch_size)
-        return batches * self.micro_steps * self.processes
+        return self.batches * self.micro_steps * self.processes
 
     def __iter__(self) -> Iterator[MicroBatch]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        order = torch.randperm(len(self.has_images), generator=generator).tolist()
-        for batch in _filled(order, self.global_batch_size):
-            yield from self._dealt(batch)
-
-    def _dealt(self, batch: Sequence[int]) -> Iterator[MicroBatch]:
-        """A global batch, images first: a kind in as few micro-steps as hold it, the last one in what remain."""
-        kinds = by_kind(batch, self.has_images)
-        left = self.micro_steps
-        for kind in kinds:
-            steps = left if kind is kinds[-1] else -(-len(kind) // self.micro_step_size)
-            left -= steps
-            for step in _evenly(kind, steps):
-                for share in _evenly(step, self.processes):
-                    yield MicroBatch(share) if share else MicroBatch(kind[:1], loss=False)
+        order = torch.randperm(self.own, generator=generator).tolist()
+        first = self.epoch * self.batches
+        for number, batch in enumerate(_filled(order, self.global_batch_size), first):
+            batch += [index for beside in self.drawn for index in beside.of(number, self.seed)]
+            for step in deal(batch, self.has_images, self.micro_step_size, self.processes, self.micro_steps):
+                yield from step
 
 
 class GroupSampler(Sampler[int]):

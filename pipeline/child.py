@@ -5,12 +5,15 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from mcit.data_prep.errors import InputError
+
+from .preemption import deaf_children
 
 # Reads the child's process group, then waits for a second line that says the child has ended. If this process dies
 # first, by whatever signal, the pipe closes instead: the group is asked to stop, and killed if it does not.
@@ -24,17 +27,17 @@ class ChildFailed(Exception):
 
 
 def run_child(
-    command: Sequence[str], log: Path, env: Mapping[str, str], show: Callable[[str], None], keep_open: int
+    command: Sequence[str], log: Path, env: Mapping[str, str], show: Callable[[str], None], *keep_open: int
 ) -> None:
     """Run `command` with its output in `log`, calling `show` with each line it prints (progress bars included).
 
-    The child inherits the file descriptor `keep_open`, the step's lock, so that the step stays locked until the child
+    The child inherits the file descriptors `keep_open`, the step's locks, so that the step stays locked until the child
     too is gone. Raises `InputError` with the child's own line if it refused its input, otherwise `ChildFailed`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=100)
     refused = None
-    with open(log, "wb") as file, _watched(command, env, keep_open) as child:
+    with open(log, "wb") as file, _watched(command, env, file, keep_open) as child:
         assert child.stdout is not None
         for line in _lines(child.stdout, file):
             last.append(line)
@@ -48,45 +51,52 @@ def run_child(
 
 
 @contextlib.contextmanager
-def _watched(command: Sequence[str], env: Mapping[str, str], keep_open: int) -> Iterator[subprocess.Popen[bytes]]:
+def _watched(
+    command: Sequence[str], env: Mapping[str, str], log: IO[bytes], keep_open: Sequence[int]
+) -> Iterator[subprocess.Popen[bytes]]:
     """The child in a process group of its own, stopped when the block is left by an error or this process dies."""
-    watchdog = subprocess.Popen(
-        ["sh", "-c", _WATCHDOG],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    assert watchdog.stdin is not None
-    child = subprocess.Popen(
-        command,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        pass_fds=(keep_open,),
-    )
-    watchdog.stdin.write(f"{child.pid}\n".encode())
-    watchdog.stdin.flush()
+    with deaf_children():
+        watchdog = subprocess.Popen(
+            ["sh", "-c", _WATCHDOG],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        child = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=keep_open,
+        )
+        assert watchdog.stdin is not None
+        watchdog.stdin.write(f"{child.pid}\n".encode())
+        watchdog.stdin.flush()
     try:
         yield child
     finally:
         if child.poll() is None:
-            _stop(child)
+            _stop(child, log)
         with contextlib.suppress(BrokenPipeError):
             watchdog.stdin.write(b"ended\n")
             watchdog.stdin.close()
         watchdog.wait()
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Ask the child's group to stop, and kill it if it does not within 30 seconds."""
+def _stop(child: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    """Ask the child's group to stop, and kill it if it does not within 30 seconds. What it still says is logged."""
+    assert child.stdout is not None
+    rest = threading.Thread(target=deque, args=(_lines(child.stdout, log), 0), daemon=True)
+    rest.start()
     for sign, patience in ((signal.SIGTERM, 30.0), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, sign)
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(patience)
+            rest.join(1.0)  # a grandchild may keep the pipe open
             return
 
 

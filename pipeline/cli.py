@@ -1,6 +1,10 @@
-"""The `mcit` command. Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 130 interrupted."""
+"""The `mcit` command.
+
+Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 75 asked to stop (by SLURM, say), 130 interrupted.
+"""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -34,7 +38,7 @@ With = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept. Default: runs/<the recipe's name>.")]
 LaunchOption = Annotated[str, typer.Option(help="single, ddp, zero2, zero3, or an accelerate configuration file.")]
-Gpus = Annotated[int | None, typer.Option(min=1, help="Number of training processes.")]
+Gpus = Annotated[int | None, typer.Option(min=1, help="Number of training processes, on each node.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -48,15 +52,26 @@ class Converter(StrEnum):
 def main() -> None:
     """Entry point of the console script."""
     from .child import ChildFailed
+    from .preemption import EXIT_CODE, Preempted, preemptible
 
     try:
-        app()
+        with preemptible():
+            app()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ChildFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"error: {place}{error.strerror}. Make room and run it again: what is done is kept", file=sys.stderr)
+        sys.exit(2)
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(EXIT_CODE)
 
 
 @app.command()
@@ -122,6 +137,7 @@ def train(
     run_dir: RunDir = None,
     launch: LaunchOption = "single",
     gpus: Gpus = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a SLURM job on which `srun` starts this command.")] = 1,
 ) -> None:
     """Train one stage; the stage before must be done.
 
@@ -131,20 +147,28 @@ def train(
     from .terminal import Terminal
 
     terminal = Terminal()
-    train_stage(_start(recipe, overrides, with_method, run_dir, launch, gpus, terminal), stage, terminal)
+    train_stage(_start(recipe, overrides, with_method, run_dir, launch, gpus, terminal, nodes), stage, terminal)
 
 
 @app.command("eval")
-def evaluate(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+def evaluate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    run_dir: RunDir = None,
+    stage: Annotated[int | None, typer.Option(help="Evaluate this one alone (0: the base), and no more.")] = None,
+) -> None:
     """Evaluate the stages that are done, in the cells that `eval.cells` asks for, and print the matrix.
 
     Example: `mcit eval runs/mini-sefe eval.engine=transformers`
     """
-    from .run import perform_steps, show_results
+    from .run import evaluate_stage, perform_steps, show_results
     from .terminal import Terminal
 
     terminal = Terminal()
     current = _start(recipe, overrides, None, run_dir, "single", None, terminal)
+    if stage is not None:
+        evaluate_stage(current, stage, terminal)
+        return
     perform_steps(current, [current.evaluate(partly=True), current.results(), current.report()], terminal)
     show_results(current, terminal)
 
@@ -167,21 +191,66 @@ def report(
 
 
 @app.command()
+def submit(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    with_method: With = None,
+    run_dir: RunDir = None,
+    partition: Annotated[str | None, typer.Option(help="Of every job for which the profile names no other.")] = None,
+    account: Annotated[str | None, typer.Option(help="The same.")] = None,
+    time: Annotated[str | None, typer.Option(help="The same: the longest a job may take, as 24:00:00.")] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="How many train a stage.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="How many train on each; 0: the CPU does.")] = 1,
+    launch: Annotated[str | None, typer.Option(help="As of `mcit run`. Default: single for one GPU, else ddp.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="What the site wants to be told (docs/cluster.md).")] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="The same as sweep.seed=[0,1,2].")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the job scripts, submit nothing.")] = False,
+) -> None:
+    """Submit what is left of a run to SLURM: the steps of `mcit run` as jobs, each stage evaluated beside the next.
+
+    The runs of a sweep share array jobs.
+
+    Example: `mcit submit coin/sefe data=/data/CoIN --partition gpu --gpus-per-node 8 --launch zero2 --time 24:00:00`
+    """
+    from mcit.slurm.profile import Site, read_profile
+    from mcit.slurm.submit import submit as submit_jobs
+
+    from .terminal import Terminal
+
+    options = {"partition": partition, "account": account, "time": time}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    site = Site(read_profile(profile), given, nodes, gpus_per_node, launch)
+    swept = [*(overrides or ()), *([f"sweep.seed=[{seeds}]"] if seeds else ())]
+    loaded, directory, _ = _found(recipe, swept, with_method, run_dir, "single", None)
+    submit_jobs(loaded, directory, site, Terminal(), dry_run)
+
+
+@app.command()
+def cancel(run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")]) -> None:
+    """Cancel the SLURM jobs of a run that are queued or running; what is done stays done.
+
+    Example: `mcit cancel runs/coin-sefe`
+    """
+    from mcit.slurm.status import cancel as cancel_jobs
+
+    from .terminal import Terminal
+
+    cancel_jobs(run, Terminal())
+
+
+@app.command()
 def status(
     run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")], as_json: AsJson = False
 ) -> None:
-    """Say what is done, running and left.
+    """Say what is done, running and left, and where its SLURM jobs are.
 
     Example: `mcit status runs/mini-sefe`
     """
-    from .recipe import load_recipe
-    from .status import read_run, run_status
-    from .step import Launch
-    from .sweep import Sweep, sweep_status
+    from mcit.slurm.status import full_status
+
     from .terminal import Terminal
 
-    recipe = load_recipe(run, check_methods=False)
-    found = sweep_status(Sweep(recipe, run, Launch.named("single"))) if recipe.sweep else run_status(read_run(run))
+    found = full_status(run)
     if as_json:
         _print_json(found)
     else:
@@ -482,6 +551,7 @@ def _found(
     run_dir: Path | None,
     launch: str,
     gpus: int | None,
+    nodes: int = 1,
 ) -> tuple[Any, Path, Any]:
     """The recipe, directory and launch that the arguments mean: a run directory is taken up where it is."""
     from .recipe import load_recipe
@@ -489,7 +559,7 @@ def _found(
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
     directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
-    return loaded, directory, Launch.named(launch, gpus)
+    return loaded, directory, Launch.named(launch, gpus, nodes)
 
 
 def _start(
@@ -500,12 +570,13 @@ def _start(
     launch: str,
     gpus: int | None,
     terminal: Any,
+    nodes: int = 1,
 ) -> Any:
     """The run that the arguments mean, for commands that do one step of it."""
     from .orders import members
     from .run import start_run
 
-    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus)
+    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus, nodes)
     if loaded.sweep:
         first, *others = members(loaded)
         remedy = f"Name the folder of one ({directory / first.name}), or add sweep=null; `mcit run` runs all"

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 IGNORED = -100  # the label that carries no loss
+# What a batch says of its last rows, if they are replayed: [(index of the sample, its tokens), …], and their labels.
+REPLAYED, REPLAYED_LABELS = "replayed", "replayed_labels"
 
 
 class Collator:
@@ -26,7 +28,8 @@ class Collator:
 
     The prompt is tokenized exactly as in evaluation: rendered with the generation prompt, its images through the
     processor. Each assistant turn of the completion follows, end-of-turn token included, and carries loss; everything
-    else is labelled -100. Nothing is ever truncated.
+    else is labelled -100. Nothing is ever truncated. Samples from the index `own` on (default: none) are replayed by
+    methods, which see to their loss: in the batch they carry none.
     """
 
     def __init__(
@@ -35,21 +38,29 @@ class Collator:
         samples: Sequence[Sample],
         max_length: int,
         padding_side: Literal["right", "left"] = "right",
+        own: int | None = None,
     ):
         self.processor, self.samples, self.max_length = processor, samples, max_length
         self.padding_side = padding_side
+        self.own = len(samples) if own is None else own
         self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
         # A template may close no assistant turn (LLaVA-1.5's does not): then the end-of-sequence token does.
         turns: list[Message] = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         left_open = render_chat(processor, turns, 0, add_generation_prompt=False).rstrip().endswith("!")
         self.end_of_turn = self.tokenizer.eos_token if left_open else ""
 
-    def __call__(self, one: Sequence[MicroBatch]) -> dict[str, Tensor]:
+    def __call__(self, one: Sequence[MicroBatch]) -> dict[str, Any]:
         """The batch of the one micro-batch that a data loader of batch size 1 brings."""
         [micro_batch] = one
-        batch = self.collate([self.samples[index] for index in micro_batch.samples])
+        batch: dict[str, Any] = dict(self.collate([self.samples[index] for index in micro_batch.samples]))
         if not micro_batch.loss:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        elif replayed := [index for index in micro_batch.samples if index >= self.own]:
+            rows = slice(-len(replayed), None)
+            tokens = batch["attention_mask"][rows].sum(1).tolist()
+            batch[REPLAYED] = list(zip(replayed, tokens, strict=True))
+            batch[REPLAYED_LABELS] = batch["labels"][rows].clone()
+            batch["labels"][rows] = IGNORED
         return batch
 
     def collate(self, samples: Sequence[Sample]) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def environment() -> dict[str, Any]:
         "packages": {name: found for name in packages if (found := _version(name))},
         "platform": platform.platform(),
         "host": socket.gethostname(),
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cores(),
         "memory_gib": _memory_gib(),
         "gpus": _gpus(),
         "git": _git(),
@@ -73,6 +73,11 @@ def findings() -> list[Finding]:
             "Models must be in the Hub cache or in local folders; unset HF_HUB_OFFLINE to download",
         ),
     ]
+
+
+def cores() -> int:
+    """The CPU cores that this process may use, which in a SLURM job are those that it asked for."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def hub_cache() -> Path:

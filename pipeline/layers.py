@@ -86,6 +86,7 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
         _override(layers, override)
         _expand_stream(layers, path)
     place_tasks(layers.values)
+    place_tasks({"stream": layers.values.get("anchors")})
     return layers
 
 

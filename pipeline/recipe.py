@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, ValidationError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open
-from mcit.data_prep.schema import AsdConfig, Config, PrepareConfig, TaskConfig
+from mcit.data_prep.schema import AnchorConfig, AsdConfig, Config, PrepareConfig, TaskConfig
 from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
 from mcit.pipeline.orders import SweepConfig, members, resolve_orders
@@ -124,6 +124,7 @@ class Recipe(Config):
     data: str | None = None  # the folder, or hub:owner/name[@revision], that the paths of a packaged stream are in
     stream: list[_Entry] = Field(min_length=1)
     recur: RecurConfig | None = None  # the stages are drawn from the stream, under the seed
+    anchors: list[AnchorConfig] = Field(default_factory=list)  # general samples, of methods that keep general data
     blur: float = Field(default=0.0, ge=0, lt=1)  # the share of each task's samples that other stages train
     prepare: PrepareConfig = Field(default_factory=PrepareConfig)
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
@@ -147,6 +148,11 @@ class Recipe(Config):
     def tasks(self) -> list[TaskConfig]:
         """The distinct tasks in the order of their first stage: the columns of the matrix."""
         return [task for entry in self.entries for task in entry if isinstance(task, TaskConfig)]
+
+    @property
+    def sources(self) -> list[TaskConfig]:
+        """Whatever is prepared: the distinct tasks, and the anchor samples."""
+        return [*self.tasks, *self.anchors]
 
     @property
     def stages(self) -> list[Stage]:
@@ -174,8 +180,9 @@ class Recipe(Config):
         return next(task for task in self.tasks if task.name == name)
 
     def max_length(self, name: str) -> int | None:
-        """The tokens that fit in every stage that trains a task; None: only the model's context limits them."""
-        limits = [stage.train.max_length for stage in self.stages if name in (*stage.tasks, *stage.visitors)]
+        """The tokens that fit in every stage that sees a task or anchor; None: only the model's context limits them."""
+        anchors = [anchor.name for anchor in self.anchors]
+        limits = [stage.train.max_length for stage in self.stages if name in (*stage.tasks, *stage.visitors, *anchors)]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def _stage(self, k: int, entry: list[TaskConfig | str]) -> Stage:
@@ -223,14 +230,29 @@ def load_recipe(
     if recipe.sweep:
         with _located(layers.origin(("sweep",))):
             stages += [stage for member in members(recipe) for stage in member.recipe.stages]
-    if recipe.method and check_methods:
+    if check_methods:
+        with _located(layers.origin(("method",))):
+            _settle_methods(recipe, stages)
+    return recipe
+
+
+def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    """Check and write out the methods, in place; anchor samples that none of them asks for are left out."""
+    keeps = set[str]()
+    if recipe.method:
         from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
 
-        with _located(layers.origin(("method",))):
-            recipe.method = expand(recipe.method)
-            for stage in stages:
-                build_methods(recipe.method, stage.train)
-    return recipe
+        recipe.method = expand(recipe.method)
+        keeps = {method.keeps for stage in stages for method in build_methods(recipe.method, stage.train)}
+    if "general data" not in keeps:
+        recipe.anchors = []
+    elif not recipe.anchors:
+        raise InputError(
+            "a method keeps general data, and the recipe names none",
+            where="recipe",
+            field="anchors",
+            remedy="List data sets as in a stream: anchors: [{name: general, train: general.jsonl, images: pictures/}]",
+        )
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -254,7 +276,7 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _check_names(recipe: Recipe, layers: Layers) -> None:
-    """Every task is defined once, before its name is used, and trained at most once in a stage."""
+    """Every task is defined once, before its name is used, and trained at most once in a stage; anchors, too, once."""
     where, defined = layers.origin(("stream",)), set[str]()
     for index, entry in enumerate(recipe.entries):
         names = [task if isinstance(task, str) else task.name for task in entry]
@@ -278,6 +300,11 @@ def _check_names(recipe: Recipe, layers: Layers) -> None:
             if names.count(name) > 1:
                 raise InputError(f"{name} stands twice in one stage", where=where, field=f"stream.{index}")
             defined.add(name)
+    for anchor in recipe.anchors:
+        if anchor.name in defined:
+            problem = f"the name {anchor.name} is taken"
+            raise InputError(problem, where=layers.origin(("anchors",)), field=f"anchors.{anchor.name}")
+        defined.add(anchor.name)
 
 
 def _leaves(mapping: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

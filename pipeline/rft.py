@@ -3,7 +3,7 @@
 accelerate launch --config_file recipes/accelerate/single.yaml pipeline/rft.py --recipe R --stage 1
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -18,6 +18,8 @@ from mcit.eval.scoring import Score, score_response
 from mcit.pipeline.arguments import make_config
 from mcit.pipeline.batches import GroupSampler, check_prompts, with_images
 from mcit.pipeline.lineage import set_reference
+from mcit.pipeline.methods import StepView
+from mcit.pipeline.replay import Pass
 from mcit.pipeline.stage import Entered, main
 from mcit.pipeline.trainer import MethodLoss
 
@@ -26,7 +28,11 @@ KL_AT_START = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
 
 
 class StageGRPOTrainer(MethodLoss, GRPOTrainer):
-    """TRL's `GRPOTrainer` with the methods' terms, on generation batches that are with images or without."""
+    """TRL's `GRPOTrainer` with the methods' terms, on generation batches that are with images or without.
+
+    Replayed samples are in forward passes of their own, in the last micro-step: TRL's batches are prompts and what was
+    generated.
+    """
 
     def __init__(self, has_images: Sequence[bool], **kwargs: Any):
         self.has_images = has_images
@@ -41,6 +47,11 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
             repeats=self.num_iterations * args.steps_per_generation,
             seed=args.seed,
         )
+
+    def apart(self, view: StepView) -> Iterator[Pass]:
+        """The replayed samples of this optimizer step."""
+        if view.last and self.replays.drawn:
+            yield from self.passes(view.model, self.replays.of(view.step, self.args.seed))
 
 
 def make_trainer(entered: Entered) -> StageGRPOTrainer:

@@ -31,9 +31,20 @@ def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal)
 
 
 def take_up(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> None:
-    """Check what can be checked, pin what comes from the Hub (in `recipe`, too), and write the recipe.
+    """Settle a recipe and write it. Raises `InputError`."""
+    before = settle(recipe, run_dir, launch)
+    if before and before.get("name") != recipe.name:
+        terminal.say(
+            f"{run_dir} was made by the recipe {before.get('name')}: what fits {recipe.name} is kept", "yellow"
+        )
+    if before != dump_recipe(recipe):
+        write_recipe(recipe, run_dir.resolve() / "recipe.yaml")
 
-    Raises `InputError`, also where a run would be mixed with a sweep.
+
+def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | None:
+    """Check what can be checked, and pin in `recipe` what comes from the Hub; writes nothing.
+
+    Returns the recipe that the directory holds so far. Raises `InputError`, also where a run and a sweep would mix.
     """
     before = _recipe_before(run_dir)
     if before and bool(before.get("sweep")) != bool(recipe.sweep):
@@ -43,12 +54,7 @@ def take_up(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -
     _check_batches(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
-    if before and before.get("name") != recipe.name:
-        terminal.say(
-            f"{run_dir} was made by the recipe {before.get('name')}: what fits {recipe.name} is kept", "yellow"
-        )
-    if before != dump_recipe(recipe):
-        write_recipe(recipe, run_dir.resolve() / "recipe.yaml")
+    return before
 
 
 def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
@@ -66,14 +72,33 @@ def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
 
 
 def train_stage(run: Run, k: int, terminal: Terminal) -> None:
-    """Prepare what stage `k` needs and train it. Raises `InputError` if the stage before is not done."""
+    """Prepare what stage `k` needs and train it. Raises `InputError` if the stage before is not done.
+
+    On several nodes, node 0 does this, and the others start their share of the training.
+    """
     stages = run.training()
     if not 1 <= k <= len(stages):
         raise InputError(f"the stream has stages 1 to {len(stages)}", where=run.recipe.name, field="--stage")
+    if run.launch.rank:
+        with terminal.working(f"node {run.launch.rank}") as show:
+            run.assist(run.recipe.stages[k - 1], show)
+        return
     perform_steps(run, run.preparation(), terminal)
     if k > 1 and not stages[k - 2].done():
         raise InputError(f"stage {k - 1} is not done", where=run.dir, remedy=f"Train it first: --stage {k - 1}")
     perform_steps(run, [stages[k - 1]], terminal)
+
+
+def evaluate_stage(run: Run, k: int, terminal: Terminal) -> None:
+    """Evaluate stage `k` alone, beside whatever else the run does. Raises `InputError` if it is not trained."""
+    if k not in run.rows():
+        problem, remedy = f"{run.recipe.eval.cells} has no cell of stage {k}", f"It has cells of {run.rows()}"
+        raise InputError(problem, where=run.recipe.name, field="eval.cells", remedy=remedy)
+    step = run.evaluate(row=k)
+    if step.inputs() is None:
+        before = f"mcit train {run.dir} --stage {k}" if k else f"mcit prepare {run.dir}"
+        raise InputError(f"stage {k} is not done", where=run.dir, remedy=f"First: `{before}`")
+    perform_steps(run, [step], terminal)
 
 
 def show_results(run: Run, terminal: Terminal) -> None:
@@ -87,9 +112,10 @@ def show_results(run: Run, terminal: Terminal) -> None:
 
 def _check_files(recipe: Recipe) -> None:
     """Refuse missing data files before anything is written; what is on the Hub is looked for when it is fetched."""
-    for task in recipe.tasks:
+    for task in recipe.sources:
+        section = "anchors" if task in recipe.anchors else "stream"
         for key in PATHS:
-            source, field = getattr(task, key), f"stream.{task.name}.{key}"
+            source, field = getattr(task, key), f"{section}.{task.name}.{key}"
             if task.data is not None or not isinstance(source, str) or is_function(source):
                 continue
             if not Path(source).is_absolute():
@@ -124,9 +150,11 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
 def _pin_data(recipe: Recipe, run_dir: Path) -> None:
     """Name the commit of every dataset on the Hub, so that a run keeps to the data that it began with."""
-    before = {task.get("name"): task.get("data") for task in tasks_of((_recipe_before(run_dir) or {}).get("stream"))}
+    recipe_before = _recipe_before(run_dir) or {}
+    tasks_before = (*tasks_of(recipe_before.get("stream")), *tasks_of(recipe_before.get("anchors")))
+    before = {task.get("name"): task.get("data") for task in tasks_before}
     pinned: dict[str, str] = {}
-    for task in recipe.tasks:
+    for task in recipe.sources:
         if task.data is None:
             continue
         earlier = before.get(task.name)
@@ -155,6 +183,6 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
-    if step.name == "evaluate":
+    if step.name.startswith("evaluate"):
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

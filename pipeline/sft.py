@@ -3,7 +3,6 @@
 accelerate launch --config_file recipes/accelerate/single.yaml pipeline/sft.py --recipe mini/sefe --stage 2
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -11,7 +10,7 @@ from torch.utils.data import DataLoader
 from trl import SFTConfig, SFTTrainer
 
 from mcit.pipeline.arguments import make_config, processes, split_batch
-from mcit.pipeline.batches import GlobalBatchSampler, MicroBatches, micro_steps, with_images
+from mcit.pipeline.batches import GlobalBatchSampler, MicroBatches
 from mcit.pipeline.collator import IGNORED, Collator
 from mcit.pipeline.stage import Entered, main
 from mcit.pipeline.trainer import MethodLoss
@@ -20,8 +19,8 @@ from mcit.pipeline.trainer import MethodLoss
 class StageSFTTrainer(MethodLoss, SFTTrainer):
     """TRL's `SFTTrainer` on our global batches, its loss a mean over the tokens of the whole global batch."""
 
-    def __init__(self, has_images: Sequence[bool], global_batch_size: int, **kwargs: Any):
-        self.has_images, self.global_batch_size = has_images, global_batch_size
+    def __init__(self, sampler: GlobalBatchSampler, **kwargs: Any):
+        self.sampler = sampler
         super().__init__(**kwargs)
         # Qwen-VL, Gemma and others declare that their own forward cannot take the number of tokens of the global batch.
         # TRL computes the loss itself, and can; without it each micro-batch would get the same weight whatever its
@@ -30,46 +29,49 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A loader whose items are whole micro-batches, dealt to the processes in turn."""
-        args = self.args
-        per_device = args.per_device_train_batch_size
-        sampler = GlobalBatchSampler(self.has_images, self.global_batch_size, per_device, args.world_size, args.seed)
         return self._get_dataloader(
-            dataset=MicroBatches(sampler),
+            dataset=MicroBatches(self.sampler),
             description="Training",
             batch_size=1,
-            sampler_fn=lambda _: sampler,
+            sampler_fn=lambda _: self.sampler,
             is_training=True,
         )
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Samples, of which a loader's item holds several."""
-        return len(self.has_images)
+        return self.sampler.own
 
     def share(self, inputs: Any) -> float:
         """See `StepView.share`."""
         learned = (inputs["labels"] != IGNORED).any(1).sum().item()
-        return learned * self.args.world_size / self.global_batch_size
+        return learned * self.args.world_size / self.sampler.global_batch_size
 
 
 def make_trainer(entered: Entered) -> StageSFTTrainer:
-    """The trainer of a stage: our collator on whole global batches, nothing packed or truncated."""
-    train, has_images = entered.stage.train, with_images(entered.samples)
-    _, accumulation = split_batch(
-        train.global_batch_size, processes(), train.sft.args.get("per_device_train_batch_size")
+    """The trainer of a stage: our collator on whole global batches, nothing packed or truncated.
+
+    Replayed samples are in the same micro-batches: rows know nothing of each other, and a forward pass is saved.
+    """
+    train, replays = entered.stage.train, entered.replays
+    wanted = train.sft.args.get("per_device_train_batch_size")
+    per_device, _ = split_batch(train.global_batch_size, processes(), wanted, replays.per_batch)
+    drawn = list(replays.drawn.values())
+    sampler = GlobalBatchSampler(
+        replays.has_images, train.global_batch_size, per_device, processes(), entered.seed, drawn
     )
     own = {
         "max_length": None,
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "gradient_accumulation_steps": micro_steps(has_images, accumulation),
+        "per_device_train_batch_size": per_device,
+        "gradient_accumulation_steps": sampler.micro_steps,
     }
     return StageSFTTrainer(
-        has_images,
-        train.global_batch_size,
+        sampler,
         model=entered.model,
         args=make_config(SFTConfig, entered, own),
-        data_collator=Collator(entered.processor, entered.samples, entered.max_length),
-        train_dataset=Dataset.from_dict({"index": list(range(len(entered.samples)))}),
+        data_collator=Collator(entered.processor, replays.samples, entered.max_length, own=replays.own),
+        train_dataset=Dataset.from_dict({"index": list(range(replays.own))}),
         processing_class=entered.processor,
         callbacks=entered.callbacks,
     )

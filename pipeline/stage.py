@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
+from trl.models import prepare_deepspeed
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json, write_jsonl
@@ -30,12 +31,13 @@ from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .adapters import Adapter, hash_adapter, rank, save_adapter
-from .arguments import check_stage, processes
+from .arguments import check_stage, deepspeed, processes
 from .collator import Collator
 from .during import During, choose_probes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
+from .replay import Replays
 from .schedule import trained_in
 from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
 from .zero3 import keep_whole
@@ -54,11 +56,24 @@ class Entered:
     model: Any  # a PeftModel, or what a method that carries the policy has made of the base
     processor: Any
     samples: list[Sample]  # image paths absolute
+    replays: Replays  # these, and what methods see beside them
     tasks: dict[str, PreparedTask]
+    anchors: dict[str, PreparedTask]
     max_length: int  # tokens
+    before: Serving  # how the stage before is served
     previous: Path | None  # the entering policy's adapter folder; None for the base
     output_dir: Path
     callbacks: list[TrainerCallback]
+
+    @property
+    def enters_base(self) -> bool:
+        """Whether the policy that the stage begins with is the untouched base; a fresh LoRA changes nothing."""
+        return self.before.kind == "base" or self.stage.train.lineage == "independent"
+
+    def load_base(self, accelerator: Any) -> Any:
+        """The untouched base once more, on the accelerator's devices, to be looked at."""
+        base = load_model(self.recipe.base_model)
+        return prepare_deepspeed(base, accelerator).module if deepspeed() else base.to(accelerator.device)
 
 
 MakeTrainer = Callable[[Entered], "Trainer"]
@@ -143,8 +158,11 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
             recipe.seed,
         )
     ]
+    anchors = {anchor.name: read_task(run_dir / "data" / anchor.name) for anchor in recipe.anchors}
+    general = [one for name, task in anchors.items() for one in _samples(run_dir / "data" / name, task, "train")]
     for method in methods:
         samples = method.data(stage, samples)
+    replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
     seed = (recipe.seed * 1_000_003 + k) % 2**31
@@ -164,10 +182,23 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     freeze(model.get_encoder("image"))
     callbacks = [callback for method in methods for callback in method.callbacks()]
     entered = Entered(
-        recipe, stage, seed, tuned, processor, samples, tasks, max_length, previous, output, [*callbacks, FiniteLoss()]
+        recipe,
+        stage,
+        seed,
+        tuned,
+        processor,
+        samples,
+        replays,
+        tasks,
+        anchors,
+        max_length,
+        before,
+        previous,
+        output,
+        [*callbacks, FiniteLoss()],
     )
-    trainer = make_trainer(entered)
-    trainer.methods, trainer.idle = methods, idle_parameters(tuned)  # type: ignore[attr-defined]
+    trainer: Any = make_trainer(entered)
+    trainer.take_on(entered, methods, idle_parameters(tuned))
     mode = _mode(trainer)
     if mode not in DISTRIBUTED:
         raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")

@@ -1,5 +1,6 @@
 """What is done, running and left of a run, derived from the markers and locks of its steps."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, TypedDict
 
@@ -32,10 +33,10 @@ class Status(TypedDict):
     steps: list[StepStatus]
 
 
-def run_status(run: Run) -> Status:
-    """The state of every step of a run as its files tell it now."""
+def run_status(run: Run, rows: Iterable[int] = ()) -> Status:
+    """The state of every step of a run as its files tell it now; `rows` are evaluated each by itself."""
     steps: list[StepStatus] = []
-    for step in run.steps():
+    for step in run.steps(rows):
         owner = holder(run.lock(step))
         # Results and report can be had of what there is; they are not done before everything else is.
         early = step.name in ("results", "report") and any(before["state"] == "left" for before in steps)

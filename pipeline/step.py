@@ -10,6 +10,7 @@ from typing import Any
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, read_text
 
+from .doctor import cores
 from .layers import RECIPES, nearest
 from .recipe_yaml import parse_yaml
 
@@ -22,11 +23,15 @@ class Launch:
     """How training is started; no part of any fingerprint."""
 
     config: Path  # of `accelerate launch`
-    processes: int
+    processes: int  # on all nodes together
+    nodes: int = 1  # of a SLURM job step, in which each starts its share
 
     @classmethod
-    def named(cls, name: str, gpus: int | None = None) -> "Launch":
-        """`single`, `ddp`, `zero2`, … (recipes/accelerate/), or the path of an accelerate configuration."""
+    def named(cls, name: str, gpus: int | None = None, nodes: int = 1) -> "Launch":
+        """`single`, `ddp`, `zero2`, … (recipes/accelerate/), or the path of an accelerate configuration.
+
+        `gpus` is the number of processes on each node. Raises `InputError`.
+        """
         known = {file.stem: file for file in (RECIPES / "accelerate").glob("*.yaml")}
         path = known.get(name, Path(name))
         if not path.is_file():
@@ -34,17 +39,37 @@ class Launch:
         config = parse_yaml(read_text(path), str(path))
         if not isinstance(config, dict):
             raise InputError("is not an accelerate configuration", where=path)
-        if gpus and gpus > 1 and config.get("distributed_type") == "NO":
-            raise InputError(f"starts one process, not {gpus}", where=path, remedy="Add --launch ddp or --launch zero2")
-        return cls(path, gpus or config.get("num_processes") or 1)
+        processes = (gpus or config.get("num_processes") or 1) * nodes
+        if processes > 1 and config.get("distributed_type") == "NO":
+            remedy = "Add --launch ddp or --launch zero2"
+            raise InputError(f"starts one process, not {processes}", where=path, remedy=remedy)
+        return cls(path, processes, nodes)
+
+    @property
+    def rank(self) -> int:
+        """Which of the nodes this is."""
+        return int(_told("SLURM_NODEID", self.nodes)) if self.nodes > 1 else 0
 
     def command(self, script: Path) -> list[str]:
         """The start of the command line that runs `script`."""
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config)]
         launcher += ["--num_processes", str(self.processes)]
         if "OMP_NUM_THREADS" not in os.environ:  # else accelerate gives each process one thread
-            launcher += ["--num_cpu_threads_per_process", str(max(1, (os.cpu_count() or 1) // self.processes))]
+            launcher += ["--num_cpu_threads_per_process", str(max(1, cores() * self.nodes // self.processes))]
+        if self.nodes > 1:
+            launcher += ["--num_machines", str(self.nodes), "--machine_rank", str(self.rank)]
+            launcher += ["--main_process_ip", _told("MASTER_ADDR", self.nodes)]
+            launcher += ["--main_process_port", _told("MASTER_PORT", self.nodes)]
+            launcher += ["--deepspeed_multinode_launcher", "standard"]  # as without DeepSpeed; else it would use ssh
         return [*launcher, str(script)]
+
+
+def _told(variable: str, nodes: int) -> str:
+    """What a job's script or `srun` tells the processes of a step on several nodes. Raises `InputError`."""
+    if variable not in os.environ:
+        remedy = "`mcit submit` writes job scripts that set it"
+        raise InputError(f"{variable} is not set, and {nodes} nodes need it to meet", where="--nodes", remedy=remedy)
+    return os.environ[variable]
 
 
 @dataclass(frozen=True)
@@ -81,7 +106,8 @@ class Step:
 
     def _compared(self) -> tuple[Facts | None, Facts | None]:
         """The marker, and the inputs with what was added before, if that is not wanted any more."""
-        marker, inputs = self._marker(), self.inputs()
+        marker = self._marker()
+        inputs = self.inputs() if marker is not None else None  # they can be dear: the hash of a base model
         if marker is None or inputs is None:
             return marker, inputs
         return marker, {key: marker["inputs"][key] for key in self.extras if key in marker["inputs"]} | inputs

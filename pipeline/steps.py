@@ -4,6 +4,7 @@ A step is done when its marker, written last, holds the fingerprint of what it d
 resolved recipe, the data it trains on, and the policy and method state it enters with; hardware is no part of it.
 """
 
+import contextlib
 import os
 import shutil
 import sys
@@ -35,13 +36,14 @@ class Run:
     def __init__(self, recipe: Recipe, directory: Path, launch: Launch):
         self.recipe, self.dir, self.launch = recipe, directory, launch
 
-    def steps(self) -> list[Step]:
-        """All steps in order."""
-        return [*self.preparation(), *self.training(), self.evaluate(), self.results(), self.report()]
+    def steps(self, rows: Iterable[int] = ()) -> list[Step]:
+        """All steps in order; the stages `rows` are evaluated by themselves before what is left of them is."""
+        alone = [self.evaluate(row=k) for k in rows]
+        return [*self.preparation(), *self.training(), *alone, self.evaluate(), self.results(), self.report()]
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
-        return [self.settings(), *map(self.prepare, self.recipe.tasks), self.base(), self.check()]
+        return [self.settings(), *map(self.prepare, self.recipe.sources), self.base(), self.check()]
 
     def training(self) -> list[Step]:
         """The stages 1…K."""
@@ -51,7 +53,7 @@ class Run:
         """Do a step under its lock unless it is done; returns its marker and whether there was anything to do."""
         if not step.again and (marker := step.done()):
             return marker, False
-        with locked(self.lock(step), f"{step.title} of {self.dir}") as lock:
+        with self._locked(step) as lock:
             before = step.done()
             if before and not step.again:  # another process did it meanwhile
                 return before, False
@@ -92,8 +94,9 @@ class Run:
         return Step("settings", "check settings", self._marker("settings"), lambda: True, inputs, work)
 
     def prepare(self, task: TaskConfig) -> Step:
-        """The samples of a task, in the cache."""
+        """The samples of a task, or of a set of anchors, in the cache."""
         recipe, marker = self.recipe, self._marker(f"prepare-{task.name}")
+        asd = None if task in recipe.anchors else recipe.asd
 
         def there() -> bool:
             return (Path(read_json(marker)["folder"]) / "task.json").is_file()
@@ -102,13 +105,13 @@ class Run:
             return {
                 "task": task.model_dump(exclude={"overrides"}),
                 "prepare": recipe.prepare.model_dump(),
-                "asd": recipe.asd.identity() | {"seed": recipe.seed} if recipe.asd else None,
+                "asd": asd.identity() | {"seed": recipe.seed} if asd else None,
             }
 
         def work(show: Show, lock: int) -> Facts:
             home, cache = Path(recipe.folder), cache_dir()
             folder = prepare_task(
-                task, recipe.prepare, seed=recipe.seed, asd=recipe.asd, base_dir=home, cache=cache, show=show
+                task, recipe.prepare, seed=recipe.seed, asd=asd, base_dir=home, cache=cache, show=show
             )
             return {"folder": str(folder)}
 
@@ -141,14 +144,14 @@ class Run:
 
     def check(self) -> Step:
         """What would make training or scoring fail later is found here; then RUN/data/<task> is linked."""
-        recipe, prepared, base = self.recipe, [self.prepare(task) for task in self.recipe.tasks], self.base()
-        pairs = list(zip(recipe.tasks, prepared, strict=True))
+        recipe, prepared, base = self.recipe, [self.prepare(task) for task in self.recipe.sources], self.base()
+        pairs = list(zip(recipe.sources, prepared, strict=True))
 
         def folder_of(step: Step) -> Path:
             return Path(read_json(step.marker)["folder"])
 
         def there() -> bool:
-            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.tasks)
+            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.sources)
 
         def inputs() -> Facts | None:
             row0, *markers = [step.done() for step in (base, *prepared)]
@@ -159,7 +162,7 @@ class Run:
                 "processor": recipe.base_model.processor,
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
-                "limits": {task.name: recipe.max_length(task.name) for task in recipe.tasks},
+                "limits": {task.name: recipe.max_length(task.name) for task in recipe.sources},
                 "max_model_len": recipe.eval.max_model_len,
                 "scorers": {task.name: scorers_of(read_task(folder_of(step))) for task, step in pairs},
             }
@@ -203,6 +206,7 @@ class Run:
                 return None
             row0 = read_serving(self.stage_dir(0))
             tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
+            anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
             other = "rft" if stage.train.paradigm == "sft" else "sft"
             return {
                 "stage": stage.k,
@@ -211,6 +215,7 @@ class Run:
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
                 "data": {name: task["train_hash"] for name, task in tasks.items()},
+                **({"anchors": anchors} if anchors else {}),
                 **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
@@ -223,11 +228,7 @@ class Run:
             for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
                 if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
-            script = Path(__file__).parent / f"{stage.train.paradigm}.py"
-            settled = self.dir / "steps" / f"train-{stage.k}.yaml"  # RUN/recipe.yaml may be another's by now
-            write_recipe(recipe, settled)
-            options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
-            self._child(step, [*self.launch.command(script), *map(str, options)], show, lock)
+            self._train(stage, step.file_name, show, lock)
             state = [path for path in (folder / "method").rglob("*") if path.is_file()]
             return {
                 "policy": read_serving(folder).hash,
@@ -239,14 +240,34 @@ class Run:
         step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work, extras=("during",))
         return step
 
-    def evaluate(self, partly: bool = False) -> Step:
-        """All cells that are needed (`partly`: of the stages that are done), in one process."""
+    def assist(self, stage: Stage, show: Show) -> None:
+        """This node's processes of a stage that node 0 trains: it holds the lock and writes what comes of it."""
+        if not self.train(stage).done():
+            self._train(stage, f"train-{stage.k}-node-{self.launch.rank}", show)
+
+    def _train(self, stage: Stage, name: str, show: Show, *locks: int) -> None:
+        """Start a stage's script on this node."""
+        script = Path(__file__).parent / f"{stage.train.paradigm}.py"
+        settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
+        write_recipe(self.recipe, settled)
+        options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
+        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks)
+
+    def rows(self) -> list[int]:
+        """The stages of which something is evaluated, 0 being the base."""
+        wanted = needed_cells(self.recipe.eval.cells, len(self.recipe.stages), self.recipe.learned)
+        return sorted({k for k, _ in wanted})
+
+    def evaluate(self, partly: bool = False, row: int | None = None) -> Step:
+        """All cells that are needed (`partly`: of the stages that are done; or of one, `row`), in one process."""
         config, training = self.recipe.eval, self.training()
+        name = "evaluate" if row is None else f"evaluate/{row}"
 
         def cells() -> list[tuple[int, str]] | None:
             done = [k for k, step in enumerate([self.check(), *training]) if step.done()]
             wanted = needed_cells(config.cells, len(training), self.recipe.learned)
-            return [cell for cell in wanted if cell[0] in done] if partly or len(done) > len(training) else None
+            wanted = [cell for cell in wanted if row in (None, cell[0])]
+            return [cell for cell in wanted if cell[0] in done] if partly or {k for k, _ in wanted} <= {*done} else None
 
         def left(wanted: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
             return [cell for cell in wanted if not load_cell(self.dir, *cell, config).is_done()]
@@ -271,15 +292,19 @@ class Run:
                 show(line)
 
             if todo := left(wanted):
-                file = self.dir / "steps" / "cells.json"
+                file = self.dir / "steps" / f"{step.file_name}-cells.json"
                 modules = [self.recipe.folder, os.getcwd()]  # where scorers of the user's own are
                 write_json(file, {"cells": todo, "config": config.model_dump(), "modules": modules})
                 command = [sys.executable, "-P", "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
-                self._child(step, command, listen, lock)
+                with contextlib.ExitStack() as stack:
+                    others = [self.evaluate(row=k) for k in sorted({k for k, _ in todo}) if row is None]
+                    locks = [stack.enter_context(self._locked(other)) for other in others]
+                    self._child(step.file_name, command, listen, lock, *locks)
             engines = {str(read_json(load_cell(self.dir, *cell, config).marker)["engine"]) for cell in wanted}
             return {"answered": len(todo), "engines": sorted(engines), "notes": notes}
 
-        step = Step("evaluate", "evaluate", self._marker("evaluate"), lambda: not left(cells() or []), inputs, work)
+        title, marker = name.replace("/", " stage "), self._marker(name.replace("/", "-"))
+        step = Step(name, title, marker, lambda: not left(cells() or []), inputs, work)
         return step
 
     def results(self) -> Step:
@@ -331,11 +356,14 @@ class Run:
     def _marker(self, name: str) -> Path:
         return self.dir / "steps" / f"{name}.json"
 
-    def _child(self, step: Step, command: list[str], show: Show, lock: int) -> None:
+    def _locked(self, step: Step) -> contextlib.AbstractContextManager[int]:
+        return locked(self.lock(step), f"{step.title} of {self.dir}")
+
+    def _child(self, name: str, command: list[str], show: Show, *locks: int) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
         # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
         usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         usual |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        run_child(command, self.dir / "logs" / f"{step.file_name}.log", env, show, lock)
+        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks)

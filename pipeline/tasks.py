@@ -15,7 +15,7 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def resolve_paths(layer: dict[str, Any], folder: Path, *, under_data: bool = False) -> None:
-    """Make the paths in a layer absolute, in place: the base model's folder, `data`, and the data files of every task.
+    """Make the paths in a layer absolute, in place: the base model's folder, `data`, and the data files of all tasks.
 
     What is relative to `data` stays so: the paths of a task that has its own, and of all where the layer has a `data`
     key (even an empty one, to be given later) or comes `under_data`.
@@ -27,9 +27,9 @@ def resolve_paths(layer: dict[str, Any], folder: Path, *, under_data: bool = Fal
             base["path"] = str(local.resolve())
     under_data = under_data or "data" in layer
     _make_absolute(layer, ["data"], folder)
-    for task in tasks_of(layer.get("stream")):
-        if not under_data:
-            _make_absolute(task, ["data"] if "data" in task else PATHS, folder)
+    stream = () if under_data else tasks_of(layer.get("stream"))
+    for task in (*stream, *tasks_of(layer.get("anchors"))):
+        _make_absolute(task, ["data"] if "data" in task else PATHS, folder)
 
 
 def place_tasks(values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -84,16 +85,25 @@ class Terminal:
             self.say(f"old tasks after the last stage: {shares}")
 
     def status(self, status: Mapping[str, Any]) -> None:
-        """What is done, running and left: a line a step; of a sweep a line a run."""
+        """What is done, running and left: a line a step, with its SLURM job; of a sweep a line a run."""
         for name, run in status.get("runs", {}).items():
             done = sum(step["state"] == "done" for step in run["steps"])
             line = f"{run['state']:8}{name}  {done} of {len(run['steps'])} steps  {run['seconds']:.1f} s"
-            self.say(line, "" if run["state"] == "done" else "bold")
+            jobs = Counter(job["state"] for job in run["jobs"] if job["state"] not in (None, "COMPLETED"))
+            counted = ", ".join(f"{count} {state}" for state, count in sorted(jobs.items()))
+            self.say(f"{line}  jobs: {counted}" if counted else line, "" if run["state"] == "done" else "bold")
+        beside = {step: _job(job) for job in status["jobs"] for step in job["steps"]}
         for step in status.get("steps", ()):
             owner = step["owner"]
             by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
             seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
-            self.say(f"{step['state']:8}{step['title']}{seconds}{by}", "" if step["state"] == "done" else "bold")
+            job = f"  {beside[step['name']]}" if step["name"] in beside and step["state"] != "done" else ""
+            self.say(f"{step['state']:8}{step['title']}{seconds}{by}{job}", "" if step["state"] == "done" else "bold")
+        for job in status["jobs"]:
+            if not job["steps"]:
+                self.say(f"{'':8}{job['name']}  {_job(job)}")
+        if status["remark"]:
+            self.say(status["remark"], "yellow")
 
     def compare(self, names: Sequence[str], results: Sequence[Mapping[str, Any]]) -> None:
         """Several runs side by side: a row a metric, a column a run."""
@@ -127,6 +137,12 @@ def condensed(line: str) -> str | None:
         logged = dict(re.findall(r"'(\w+)': '?([^',}]+)", line))
         return "  ".join(f"{key} {logged[key]}" for key in ("loss", "reward", "epoch") if key in logged) or None
     return None if _REMARK.search(line) else line
+
+
+def _job(job: Mapping[str, Any]) -> str:
+    """A SLURM job: its id, its state, and what there is to say of it."""
+    note = f"({job['note']})" if job["note"] else None
+    return " ".join(filter(None, ("job", job["id"], job["state"], note)))
 
 
 def _cell(score: float | None, learned: bool = False) -> Text:

@@ -1,8 +1,9 @@
-"""What TRL's trainers get beyond their own: the methods' loss terms, and alarms."""
+"""What TRL's trainers get beyond their own: the methods' loss terms, the samples that methods replay, and alarms."""
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,58 +11,144 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from mcit.data_prep.errors import InputError
+
 from .arguments import deepspeed, processes
+from .batches import deal
+from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .methods import Method, StepView
-from .zero3 import gather
+from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
+from .zero3 import gather, whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from .stage import Entered
 
-class MethodLoss:
-    """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss`.
+_Mixin: Any = object  # so that what is TRL's is not looked for here
+
+
+class MethodLoss(_Mixin):  # type: ignore[misc]
+    """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss` and `Method.replay_loss`.
 
     `idle` are the trained parameters that a batch may leave out of the graph (`idle_parameters`). They get a gradient
     of zero then, as they would in any larger batch: data parallel would otherwise fail.
+    `replays` are the samples that methods see beside the stage's own, and `collator` makes batches of them alone.
     """
 
     methods: Sequence[Method] = ()
     idle: Sequence[nn.Parameter] = ()
+    replays = Replays([], {})
+    collator: Collator
+
+    def take_on(self, entered: "Entered", methods: Sequence[Method], idle: Sequence[nn.Parameter]) -> None:
+        """Work with a stage's methods from here on."""
+        self.methods, self.idle, self.replays = methods, idle, entered.replays
+        self.collator = Collator(entered.processor, [], entered.max_length)
+        self.add_callback(Begin(entered, self))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
-        if not self.model.training:  # type: ignore[attr-defined]
+        beside, labels = inputs.pop(REPLAYED, []), inputs.pop(REPLAYED_LABELS, None)
+        watch: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
+        if beside:
+            watch = caught_states(self.model)
+        with watch as states:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:
             return loss
         gather(self.idle)
         for parameter in self.idle:
             loss = loss + 0 * parameter.sum()
-        micro_batches = self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        micro_batches = self.current_gradient_accumulation_steps
         view = StepView(
-            model=self.accelerator.unwrap_model(self.model),  # type: ignore[attr-defined]
+            model=self.accelerator.unwrap_model(self.model),
             inputs=inputs,
-            step=self.state.global_step,  # type: ignore[attr-defined]
+            replayed=len(beside),
+            step=self.state.global_step,
             micro_batches=micro_batches,
             share=self.share(inputs),
-            last=self.accelerator.sync_gradients,  # type: ignore[attr-defined]
-            process=self.accelerator.process_index,  # type: ignore[attr-defined]
-            processes=self.accelerator.num_processes,  # type: ignore[attr-defined]
+            last=self.accelerator.sync_gradients,
+            process=self.accelerator.process_index,
+            processes=self.accelerator.num_processes,
         )
+        seen = [Pass.inside(beside, states[0], labels)] if beside else self.apart(view)
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
-        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None  # type: ignore[attr-defined]
-        divided = not accepts and self.compute_loss_func is None  # type: ignore[attr-defined]
-        for method in self.methods:
-            term = method.loss(view)
-            if term is not None:
-                self._terms[method.name].append(term.detach())
-                loss = loss + term * (micro_batches if divided else 1)
+        accepts = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        divided = not accepts and self.compute_loss_func is None
+        for method, term in [*self._own_terms(view), *self._replay_terms(seen)]:
+            self._terms[method.name].append(term.detach())
+            loss = loss + term * (micro_batches if divided else 1)
         return loss
 
     def share(self, inputs: Any) -> float:
         """See `StepView.share`; where all micro-batches are equally large."""
-        return 1 / self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
+        return 1 / self.current_gradient_accumulation_steps
+
+    def apart(self, view: StepView) -> Iterable[Pass]:
+        """Forward passes over replayed samples that were not in the micro-batch itself."""
+        return ()
+
+    @torch.no_grad()
+    def look(self, model: nn.Module, method: Method) -> Iterator[Replayed]:
+        """All samples of `method.replay` once through `model`, in evaluation mode: this process's part of them.
+
+        All processes must go through to the end, for they make as many passes, at the same time.
+        """
+        with _evaluating(model):
+            for one in self.passes(model, self.replays.drawn[method.name].indices):
+                if one.counts:
+                    yield from (seen for _, seen in self.replays.by_method(one))
+
+    @torch.no_grad()
+    def output_head(self, method: Method) -> nn.Linear:
+        """What makes logits of last hidden states, tried on a sample of `method.replay`.
+
+        Raises `InputError` where logits are more than that, scaled or capped: a loss on them would be another model's.
+        """
+        model = self.model
+        head = whole(unwrapped(model).get_output_embeddings())
+        sample = self.replays.samples[self.replays.drawn[method.name].indices[0]]
+        inputs = self._prepare_input(self.collator.collate([sample]))
+        del inputs["labels"]
+        with _evaluating(model), caught_states(model) as states, self.accelerator.autocast():
+            wanted = model(**inputs, use_cache=False).logits
+            found = head(states[0])
+        if not torch.allclose(found.to(wanted.dtype), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
+            problem = f"the logits of {type(unwrapped(model)).__name__} are not its output layer's"
+            raise InputError(problem, where="recipe", field=f"method.{method.name}")
+        return head
+
+    def passes(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
+        """Replayed samples, by index, through `model`, as many as a micro-batch has of them at a time."""
+        accelerator, replays = self.accelerator, self.replays
+        size = self.args.per_device_train_batch_size * accelerator.num_processes
+        for step in deal(indices, replays.has_images, size, accelerator.num_processes):
+            mine = step[accelerator.process_index]
+            batch = self.collator.collate([replays.samples[index] for index in mine.samples])
+            tokens = batch["attention_mask"].sum(1).tolist()
+            inputs = self._prepare_input(batch)
+            labels = inputs.pop("labels")
+            with accelerator.autocast():
+                hidden = backbone(model)(**inputs, use_cache=False).last_hidden_state
+            yield Pass(mine.samples, tokens, hidden, labels, mine.loss)
+
+    def _own_terms(self, view: StepView) -> Iterator[tuple[Method, Tensor]]:
+        for method in self.methods:
+            if (term := method.loss(view)) is not None:
+                yield method, term
+
+    def _replay_terms(self, passes: Iterable[Pass]) -> Iterator[tuple[Method, Tensor]]:
+        """A term of each method that replays: a zero where there is nothing to see, so that all log the same terms."""
+        methods = {method.name: method for method in self.methods if method.name in self.replays.drawn}
+        terms = {name: torch.zeros((), device=self.args.device) for name in methods}
+        for one in passes:
+            for name, seen in self.replays.by_method(one):
+                share = one.counts * self.accelerator.num_processes / self.replays.drawn[name].per_batch
+                terms[name] = terms[name] + share * methods[name].replay_loss(seen).sum()
+        return ((method, terms[name]) for name, method in methods.items())
 
     @property
     def _terms(self) -> dict[str, list[Tensor]]:
@@ -69,13 +156,34 @@ class MethodLoss:
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log each term, per optimizer step and averaged over processes, beside the trainer's own figures."""
-        steps = self.state.global_step - self.__dict__.get("_logged_step", 0)  # type: ignore[attr-defined]
+        steps = self.state.global_step - self.__dict__.get("_logged_step", 0)
         for name, terms in self._terms.items():
-            term = self.accelerator.reduce(torch.stack(terms).sum(), "mean")  # type: ignore[attr-defined]
+            term = self.accelerator.reduce(torch.stack(terms).sum(), "mean")
             logs[f"{name}_loss"] = term.item() / max(steps, 1)
         self._terms.clear()
-        self.__dict__["_logged_step"] = self.state.global_step  # type: ignore[attr-defined]
-        super().log(logs, start_time)  # type: ignore[misc]
+        self.__dict__["_logged_step"] = self.state.global_step
+        super().log(logs, start_time)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+class Begin(TrainerCallback):
+    """Lets the methods look at the entering policy once the trainer has placed it."""
+
+    def __init__(self, entered: "Entered", trainer: MethodLoss):
+        self.entered, self.trainer = entered, trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for method in self.trainer.methods:
+            method.begin(self.entered, self.trainer)
 
 
 class FiniteLoss(TrainerCallback):

@@ -144,7 +144,7 @@ def _file(source: str, part: Part, images: Path | None, model: ModelConfig | Non
 
 def _tasks(recipe: Recipe) -> list[Wanted]:
     wanted = []
-    for task in recipe.tasks:
+    for task in recipe.sources:
         if task.scorer:
             get_scorer(task.scorer)  # refuses what is none before anything is read
         limits = recipe.max_length(task.name), recipe.eval.max_model_len

@@ -1,15 +1,15 @@
 """ZeRO-3 parts every weight among the processes; what a stage trains stays whole, as methods and lineages need it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def keep_whole(trainer: "Trainer", parameters: Sequence[nn.Parameter]) -> None:
+def keep_whole(trainer: "Trainer", parameters: Iterable[Tensor]) -> None:
     """Have DeepSpeed part with nothing as small as the largest of `parameters`, once it is gathered.
 
     Call it before training. Biases, norms and small layers of the base stay whole with them.
@@ -22,7 +22,7 @@ def keep_whole(trainer: "Trainer", parameters: Sequence[nn.Parameter]) -> None:
     trainer.args.gradient_checkpointing_kwargs = {**kwargs, "use_reentrant": False}
 
 
-def gather(parameters: Iterable[nn.Parameter]) -> None:
+def gather(parameters: Iterable[Tensor]) -> None:
     """Make parameters whole that are not, such as at the start of training; all processes call it together.
 
     Does nothing but under ZeRO-3. They remain whole if `keep_whole` covers them.
@@ -30,3 +30,19 @@ def gather(parameters: Iterable[nn.Parameter]) -> None:
     parted: list[Any] = [parameter for parameter in parameters if hasattr(parameter, "ds_status")]
     if parted:
         parted[0].all_gather(parted)  # those that are whole are passed over
+
+
+def whole(layer: nn.Linear) -> nn.Linear:
+    """A frozen layer, or under ZeRO-3 a copy of it that every process has whole; all processes call it together.
+
+    The layer itself can only be run there by all processes at the same time, and is parted again after each pass.
+    """
+    parameters = list(layer.parameters())
+    if not any(hasattr(parameter, "ds_status") for parameter in parameters):
+        return layer
+    import deepspeed  # here: takes seconds
+
+    copy = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta").requires_grad_(False)
+    with deepspeed.zero.GatheredParameters(parameters):
+        copy.load_state_dict({name: value.detach().clone() for name, value in layer.named_parameters()}, assign=True)
+    return copy

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from training import MeanLength, launch, make_run, uneven
 from trl.trainer.utils import RepeatSampler
 
+import mcit.pipeline.replay as replay
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.pipeline.batches import GlobalBatchSampler, GroupSampler, MicroBatch
+from mcit.pipeline.batches import Drawn, GlobalBatchSampler, GroupSampler, MicroBatch, deal, micro_steps
 from mcit.pipeline.recipe import load_recipe
 from mcit.pipeline.stage import run_stage
 
@@ -58,7 +59,8 @@ def test_every_split_deals_the_same_global_batches_kind_by_kind(
         wanted = plain(len(has_images), 3, epoch)
         assert len(batches) == len(wanted)
         for steps, batch in zip(batches, wanted, strict=True):
-            assert len(steps) == 8 // (processes * per_device) + all(kinds)
+            size = processes * per_device
+            assert len(steps) == 8 // size + (all(kinds) and size > 1)
             learned = [i for step in steps for share in step if share.loss for i in share.samples]
             assert Counter(learned) == Counter(batch)
             for step in steps:
@@ -85,6 +87,54 @@ def test_an_epoch_has_its_own_order_and_a_seed_decides_it() -> None:
         return list(sampler)
 
     assert dealt(0, 1) == dealt(0, 1) != dealt(0, 0) != dealt(1, 0)
+
+
+@pytest.mark.parametrize(("processes", "per_device"), SPLITS)
+@pytest.mark.parametrize("kinds", [(20, 0), (0, 19), (11, 8)])
+def test_what_is_drawn_beside_comes_on_top_and_last(kinds: tuple[int, int], processes: int, per_device: int) -> None:
+    """The stage's own global batches are what they are without; every split deals the same samples beside them."""
+    own = sum(kinds)
+    drawn = [Drawn(range(own, own + 7), 3), Drawn(range(own + 7, own + 9), 1)]
+    has_images = mixture(*kinds) + mixture(4, 3) + [False, False]
+    sampler = GlobalBatchSampler(has_images, 8, per_device, processes, 3, drawn)
+    beside = Counter[int]()
+    for epoch in (0, 1):
+        sampler.set_epoch(epoch)
+        for number, (steps, batch) in enumerate(zip(by_step(sampler), plain(own, 3, epoch), strict=True), 3 * epoch):
+            wanted = [*batch, *drawn[0].of(number, 3), *drawn[1].of(number, 3)]
+            assert Counter(i for step in steps for share in step if share.loss for i in share.samples) == Counter(
+                wanted
+            )
+            for step in steps:
+                assert len({has_images[i] for share in step for i in share.samples}) == 1
+                for share in step:
+                    assert 1 <= len(share.samples) <= per_device
+                    assert [i >= own for i in share.samples] == sorted(i >= own for i in share.samples)
+            beside.update(wanted[8:])
+    assert [beside[i] for i in drawn[0].indices] == pytest.approx([18 / 7] * 7, abs=1)
+    assert [beside[i] for i in drawn[1].indices] == [3, 3]
+
+
+def test_what_is_drawn_goes_round_and_round() -> None:
+    drawn = Drawn(range(10, 15), 4)
+    row = [i for number in range(10) for i in drawn.of(number, seed=1)]
+    turns = [row[i : i + 5] for i in range(0, 40, 5)]
+    assert all(sorted(turn) == [10, 11, 12, 13, 14] for turn in turns) and len({*map(tuple, turns)}) > 4
+    assert drawn.of(3, seed=2) != drawn.of(3, seed=1) == row[12:16]
+    assert sorted(Drawn(range(2), 4).of(0, seed=0)) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 20])
+def test_micro_steps_are_as_many_as_the_worst_batch_needs(size: int) -> None:
+    both, images, text = [True, False], [True], [False]
+    for parts in ([(8, both)], [(8, images)], [(8, images), (3, text)], [(8, both), (2, images), (1, text)]):
+        choices = [[False] * count if kinds == text else [True] * count for count, kinds in parts]
+        worst = 0
+        for free in range(9 if both in (kinds for _, kinds in parts) else 1):
+            has = [one for choice in choices for one in choice]
+            has[:free] = [False] * free
+            worst = max(worst, len(list(deal(range(len(has)), has, size, 1))))
+        assert micro_steps(parts, size) == worst
 
 
 @pytest.mark.parametrize("kinds", [(12, 0), (13, 6), (4, 21)])
@@ -171,7 +221,7 @@ def whole(mixed: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) ->
     """The stage trained without the rule: each global batch one forward pass, images and text together."""
     run = copy_run(mixed, tmp_path_factory.mktemp("whole") / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "with_images", lambda samples: [True] * len(samples))
+        patch.setattr(replay, "with_images", lambda samples: [True] * len(samples))
         run_stage(load_recipe(mixed[1]), 3, run, "sft", sft.make_trainer)
     return run
 
@@ -198,7 +248,7 @@ def test_a_mixed_stage_learns_what_it_would_in_mixed_batches(
     override = f"train.sft.args.per_device_train_batch_size={per_device}"
     run_stage(load_recipe(mixed[1], [override]), 3, run, "sft", make)
     assert {len(kinds) for kinds in seen} == {1} and {True} in seen and {False} in seen
-    assert len(seen) == 6 * (8 // per_device + 1)
+    assert len(seen) == 6 * (8 // per_device + (per_device > 1))
     assert_same(whole, run)
     terms = [read_jsonl(at / "stages" / MIXED / "train_log.jsonl")[:-1] for at in (whole, run)]
     key = f"{MeanLength.name}_loss"

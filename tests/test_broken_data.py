@@ -131,6 +131,20 @@ def test_rows_of_another_layout(ucit):
     assert "test_3000.json: sample 1" in refusal(ucit)
 
 
+@pytest.mark.parametrize(
+    ("layout", "document", "message"),
+    [
+        ("superclevr", {"info": {}}, "the layout finds no rows in it: KeyError: 'questions'"),
+        ("gqa", {"201": 7}, "the layout finds no rows in it: TypeError"),
+        ("superclevr", {"questions": [{"image_filename": "none.png"}]}, "sample 1: the layout superclevr cannot read"),
+        ("superclevr", {"questions": 7}, "the layout finds no rows in it"),
+    ],
+)
+def test_an_object_of_another_form_than_its_layout_wants(layout, document, message, tmp_path):
+    (tmp_path / "all.json").write_text(json.dumps(document))
+    assert message in refusal(tmp_path, train="all.json", test="all.json", images=None, layout=layout)
+
+
 def test_an_unknown_layout_and_one_of_the_users_own(ucit):
     assert refusal(ucit, layout="coyn").startswith("unknown layout 'coyn'. Known: coin, coin_asd, ctbench, dcl, ")
     (ucit / "my_broken_layout.py").write_text(

@@ -1,6 +1,8 @@
 """The `mcit` command: what it prints, how it exits, and that it is quick where it can be."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +22,8 @@ COMMANDS = [
     "train",
     "eval",
     "report",
+    "submit",
+    "cancel",
     "status",
     "methods",
     "doctor",
@@ -70,6 +74,17 @@ def test_metrics(mcit, tmp_path):
     code, out, _ = mcit("metrics", tmp_path / "m.json")
     found = json.loads(out)
     assert code == 0 and (found["MFT"], found["MFN"], found["BWT"], found["FWT"]) == (85, 75, -20, None)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(mcit, tmp_path, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Is it red? Answer yes or no.", "completion": "Yes"}')
+    code, _, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert code == 2 and err.startswith("error: No space left on device. Make room") and err.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_score(mcit, tmp_path):

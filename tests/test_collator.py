@@ -110,6 +110,18 @@ def test_a_micro_batch_without_loss_is_the_same_but_for_its_labels(folder: Path)
     assert all(torch.equal(tensor, plain[key]) for key, tensor in idle.items())
 
 
+def test_replayed_samples_carry_no_loss_of_their_own(folder: Path) -> None:
+    """Their labels are set aside, with which sample each of the last rows is and how many tokens it has."""
+    samples = [sample(folder, 1), sample(folder, 1), sample(folder, 0), sample(folder, 2)]
+    whole = Collator(tiny_processor(), samples, 1000)([MicroBatch([0, 3, 2])])
+    batch = Collator(tiny_processor(), samples, 1000, own=2)([MicroBatch([0, 3, 2])])
+    assert batch.pop("replayed") == [(3, whole["attention_mask"][1].sum()), (2, whole["attention_mask"][2].sum())]
+    assert torch.equal(batch.pop("replayed_labels"), whole["labels"][1:])
+    assert torch.equal(batch["labels"][0], whole["labels"][0]) and (batch["labels"][1:] == IGNORED).all()
+    assert all(torch.equal(value, whole[key]) for key, value in batch.items() if key != "labels")
+    assert "replayed" not in Collator(tiny_processor(), samples, 1000, own=2)([MicroBatch([3], loss=False)])
+
+
 def test_a_mixed_batch_gives_each_sample_what_it_gets_alone(folder: Path) -> None:
     samples = [
         sample(folder, 0, prompt=[turn("user", "Say yes.")], completion=[turn("assistant", "yes")]),

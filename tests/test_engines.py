@@ -257,6 +257,9 @@ def test_grouped_arithmetic_equals_token_by_token_and_leaves_the_base_alone() ->
         torch.testing.assert_close(low[t], down)
         torch.testing.assert_close(whole[t], y[t] + torch.cat([up, torch.zeros(4)]))
         torch.testing.assert_close(part[t], torch.cat([y[t, :3], up, y[t, 9:]]))
+    short = torch.full((7, 2), 9.0)
+    shrink(x, a, short, slots[:4], 0.5)
+    assert torch.equal(short[:4], low[:4]) and not short[4:].any()
 
 
 def test_the_smallest_rank_that_vllm_allows_is_chosen() -> None:

@@ -8,7 +8,7 @@ import json
 import pickle
 import random
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,11 @@ from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.recipe import ModulesConfig, load_recipe
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
-SETTINGS: dict[str, dict[str, Any]] = {"reglora": {"weight": 100}, "moextend": {"experts": 2, "layers": [1]}}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "gere": {"per_batch": 3, "weight": 1},
+    "moextend": {"experts": 2, "layers": [1]},
+    "reglora": {"weight": 100},
+}
 # Where it does not train LoRA on the language model: what it trains instead, in which model.
 MIXTURE = tempfile.TemporaryDirectory(prefix="mcit-mixture-")
 EXPERTS = {f"model.language_model.layers.1.mlp.{part}" for part in ("gate.rows", "experts.new.gate_up_proj")}
@@ -91,6 +95,13 @@ every_way = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MCIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The run folder with the data, and the recipe."""
@@ -99,7 +110,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for sample in samples["colour"][::2]:
         colour = COLOURS.index(sample["references"][0])
         sample["completion"] = [{"role": "assistant", "content": COLOURS[colour - 1]}]
-    return run, make_run(run, samples, RECIPE)
+    anchors = {"pictures": make_samples("pictures", 5), "sentences": uneven("sentences", 6, 0)}
+    return run, make_run(run, samples, RECIPE, anchors=anchors)
 
 
 @pytest.fixture(scope="module")

@@ -68,7 +68,7 @@ def test_sefe_is_its_two_parts() -> None:
     ("section", "message"),
     [
         ({"reglore": {}}, "method.reglore: no such method. Did you mean `reglora`?"),
-        ({"x": {}}, "Known: asd, .*reglora, sefe, or module:Class"),
+        ({"x": {}}, "Known: asd, gere, moextend, reglora, sefe, or module:Class"),
         ({"reglora": {"wait": 1}}, "method.reglora.wait: .*Known keys: key_fraction, weight, overlap"),
         ({"reglora": {"weight": -1}}, "method.reglora.weight: .*greater than or equal to 0"),
         ({"sefe": {"weight": 1}}, "method.sefe: has no part `weight`. It takes asd, reglora"),

@@ -7,8 +7,8 @@ import math
 
 import pytest
 
-from mcit.data_prep.answers import extract
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.extraction import extract
 from mcit.data_prep.files import read_text
 from mcit.eval.metrics import continual_metrics
 from mcit.eval.scorers import SCORERS, get_scorer

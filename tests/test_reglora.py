@@ -58,7 +58,7 @@ def draw(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return scale * torch.randint(-3, 4, shape, generator=generator).float()
 
 
-@pytest.fixture(params=[1, 40, 1 << 20])
+@pytest.fixture(params=[1, 40, 1 << 21])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of one row, of a few rows with a smaller last one, and of everything."""
     monkeypatch.setattr(keys, "_TILE", {"cpu": request.param})

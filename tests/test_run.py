@@ -152,14 +152,14 @@ def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
 
 def test_launchers(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    monkeypatch.setattr("mcit.pipeline.step.cores", lambda: 8)
     zero2 = ["--config_file", str(RECIPES / "accelerate" / "zero2.yaml"), "--num_processes", "4"]
     command = Launch.named("zero2", 4).command(Path("sft.py"))
     assert command[3:] == [*zero2, "--num_cpu_threads_per_process", "2", "sft.py"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert Launch.named("zero2", 4).command(Path("sft.py"))[3:] == [*zero2, "sft.py"]
-    with pytest.raises(InputError, match=r"--launch zero: no such launch configuration\. Did you mean `zero2`"):
-        Launch.named("zero")
+    with pytest.raises(InputError, match=r"--launch zerro2: no such launch configuration\. Did you mean `zero2`"):
+        Launch.named("zerro2")
     with pytest.raises(InputError, match="starts one process, not 2"):
         Launch.named("single", 2)
     assert (Launch.named("ddp").processes, Launch.named("ddp", 3).processes, Launch.named("single").processes) == (

@@ -16,7 +16,7 @@ from random_model import RANDOM as TINY
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import mcit.recipes
-from mcit.data_prep.files import read_json, write_json, write_jsonl
+from mcit.data_prep.files import hash_rows, read_json, write_json, write_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
@@ -99,14 +99,21 @@ def write_task(folder: Path, samples: list[Sample]) -> None:
         "counts": {"train": len(samples), "validation": 0, "test": 2},
         "notes": [],
         "hash": "0",
+        "train_hash": hash_rows(samples),
         "test_hash": "0",
     }
     write_json(folder / "task.json", task)
 
 
-def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str, model: Path = TINY) -> Path:
+def make_run(
+    run: Path,
+    tasks: dict[str, list[Sample]],
+    recipe: str,
+    model: Path = TINY,
+    anchors: dict[str, list[Sample]] = {},  # noqa: B006
+) -> Path:
     """A run folder as `mcit prepare` leaves it; returns the recipe's path. `recipe` is YAML below name and model."""
-    for name, samples in tasks.items():
+    for name, samples in {**tasks, **anchors}.items():
         write_task(run / "data" / name, samples)
     base = run / "stages" / "00-base"
     base.mkdir(parents=True)
@@ -114,7 +121,9 @@ def make_run(run: Path, tasks: dict[str, list[Sample]], recipe: str, model: Path
     write_serving(base, serving)
     stream = "".join(f"  - {{name: {name}, train: {name}.json}}\n" for name in tasks)
     path = run / "recipe-under-test.yaml"
-    path.write_text(f"name: test\nbase_model: {{path: {model}, dtype: float32}}\nstream:\n{stream}{recipe}")
+    general = "".join(f"  - {{name: {name}, train: {name}.json}}\n" for name in anchors)
+    head = f"name: test\nbase_model: {{path: {model}, dtype: float32}}\n" + ("anchors:\n" + general if anchors else "")
+    path.write_text(f"{head}stream:\n{stream}{recipe}")
     return path
 
 
@@ -155,4 +164,5 @@ class MeanLength(Method):
     name, paper, category, keeps = "training:MeanLength", "none", "regularisation", "nothing"
 
     def loss(self, view: StepView) -> torch.Tensor | None:
-        return view.share * (view.inputs["labels"] != -100).sum(1).float().mean()
+        own = view.inputs["labels"][: len(view.inputs["labels"]) - view.replayed]
+        return view.share * (own != -100).sum(1).float().mean()

@@ -6,7 +6,7 @@ styles they are answered in are not.
 """
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -211,3 +211,21 @@ def fact_sample(rng: np.random.Generator, fact: Fact, style: Style, reasoning: R
         reasoning=reasoning,
         meta={"fact": fact.name, **({"options": options} if options else {})},
     )
+
+
+ANCHORS = 400
+
+
+def anchors(part: str) -> Iterator[dict]:
+    """A reader of general samples: facts in any of their styles, of each kind of picture as many as pretraining has.
+
+    They are drawn anew: pretraining draws from `[seed, 1, lesson]`, its gate from `[seed, 2]`. There is but one part.
+    """
+    rng = np.random.default_rng([0, 4])
+    sources = [source for source, dialogues in SOURCES.items() for _ in range(dialogues)]
+    for number in range(ANCHORS if part == "train" else 0):
+        picture, known = sources[number % len(sources)](rng)
+        fact = known[rng.integers(len(known))]
+        styles = styles_of(fact)
+        style, reasoning = styles[rng.integers(len(styles))]
+        yield {**fact_sample(rng, fact, style, reasoning, number), "images": [] if picture is None else [picture]}

@@ -11,7 +11,7 @@ from ..checks import Lengths
 from ..errors import InputError
 from ..identity import choose_groups, split_keys
 from ..readers import Part
-from ..schema import Style, TaskConfig
+from ..schema import AnchorConfig, Style, TaskConfig
 from ..spool import Record, Spool
 from ..styles import default_scorer
 from ..task_reader import TaskReader
@@ -78,7 +78,7 @@ class Scan:
     @property
     def lacks_test(self) -> bool:
         """Whether the preparation will split the test set off; known when all is read."""
-        given = self.sources.get("test") not in (None, self.task.train)
+        given = isinstance(self.task, AnchorConfig) or self.sources.get("test") not in (None, self.task.train)
         return self.whole and not given and bool(self.samples["train"]) and not self.samples["test"]
 
     def read(self, show: Callable[[str], None]) -> None:

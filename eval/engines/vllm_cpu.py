@@ -17,17 +17,17 @@ def _grouped(inputs: Tensor, weights: Tensor, slots: Tensor, dtype: torch.dtype)
     """`inputs[t] @ weights[slots[t]].T` for every token t, zero where the slot is negative.
 
     inputs [tokens, in], weights [slots, (1,) out, in], slots [tokens] → [tokens, out] in `dtype`. The tokens are put in
-    order of their slots once, so that each slot's are one block.
+    order of their slots once, so that each slot's are one block. (vLLM may give slots of the first tokens alone.)
     """
     weights = weights.squeeze(1) if weights.ndim == 4 else weights
     order = slots.argsort(stable=True)
-    ordered, result = inputs[order].to(dtype), torch.zeros(inputs.shape[0], weights.shape[1], dtype=dtype)
+    ordered, blocks = inputs[order].to(dtype), torch.zeros(len(order), weights.shape[1], dtype=dtype)
     start = 0
     for slot, count in zip(*(found.tolist() for found in slots.unique(return_counts=True)), strict=True):
         if slot >= 0:
-            torch.mm(ordered[start : start + count], weights[slot].to(dtype).T, out=result[start : start + count])
+            torch.mm(ordered[start : start + count], weights[slot].to(dtype).T, out=blocks[start : start + count])
         start += count
-    return torch.empty_like(result).index_copy_(0, order, result)
+    return torch.zeros(inputs.shape[0], weights.shape[1], dtype=dtype).index_copy_(0, order, blocks)
 
 
 def shrink(inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, scaling: float = 1.0) -> None:

@@ -11,6 +11,7 @@ from mcit.data_prep.errors import InputError
 
 from .asd import Asd
 from .base import Method, StepView
+from .gere import Gere
 from .moextend import MoExtend
 from .reglora import RegLora
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
 
-METHODS: dict[str, type[Method]] = {"asd": Asd, "reglora": RegLora, "moextend": MoExtend}
+METHODS: dict[str, type[Method]] = {"asd": Asd, "gere": Gere, "moextend": MoExtend, "reglora": RegLora}
 
 # Names that stand for several methods with the settings of one paper.
 EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from ..collator import Collator
     from ..recipe import Stage
+    from ..replay import Replay, Replayed
+    from ..stage import Entered
+    from ..trainer import MethodLoss
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]
 
@@ -24,7 +27,8 @@ class StepView:
     """What `Method.loss` sees of one micro-batch; it hides which trainer runs it."""
 
     model: "PeftModel"  # unwrapped; the adapter in training is `default`
-    inputs: Mapping[str, Any]  # the micro-batch, as the trainer prepared it
+    inputs: Mapping[str, Any]  # the micro-batch, as the trainer prepared it; the last rows may be replayed samples
+    replayed: int  # how many of them are
     step: int  # optimizer steps done so far in this stage
     micro_batches: int  # of this optimizer step, on this process
     share: float  # samples of this micro-batch over those of the global batch, times the number of processes
@@ -80,12 +84,33 @@ class Method:
         """A term to add to the loss of this micro-batch, a scalar, or None.
 
         Terms are summed over the micro-batches of an optimizer step and averaged over processes. So a term that depends
-        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples is multiplied by
-        `view.share` (micro-batches need not be equally large). What counts then depends neither on the accumulation
-        split nor on the number of processes. A term may be shared out, as a sum of which each process returns its own
-        part times `view.processes`; one that has none returns a zero, so that all log the same terms.
+        on the weights alone is returned once, where `view.last`; a mean over the micro-batch's samples, those that are
+        not replayed, is multiplied by `view.share` (micro-batches need not be equally large). What counts then depends
+        neither on the accumulation split nor on the number of processes. A term may be shared out, as a sum of which
+        each process returns its own part times `view.processes`; one that has none returns a zero, so that all log the
+        same terms.
         """
         return None
+
+    def replay(self, kept: list[Sample]) -> "Replay | None":
+        """The samples to see in every global batch beside the stage's own, which are neither fewer nor dealt otherwise.
+
+        `kept` is what the method keeps: of general data, the recipe's anchor samples. Image paths are absolute.
+        """
+        return None
+
+    def begin(self, entered: "Entered", trainer: "MethodLoss") -> None:
+        """Look at the entering policy, on its devices, before the first step; all processes join in.
+
+        `trainer.look` runs models over the samples of `replay`.
+        """
+
+    def replay_loss(self, seen: "Replayed") -> "Tensor":
+        """The loss of each replayed sample, [n]; what counts is its mean over the replayed samples of a global batch.
+
+        So a sample's loss must not depend on what else is in `seen`, nor then does training on how batches are split.
+        """
+        raise NotImplementedError
 
     def callbacks(self) -> list["TrainerCallback"]:
         """Callbacks for what acts per step."""

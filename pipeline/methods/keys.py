@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Positions of a tile: on a CPU what its caches hold, elsewhere so many that starting kernels does not count.
-_TILE = {"cpu": 1 << 20}
+_TILE = {"cpu": 1 << 21}
 _LARGE_TILE = 1 << 24
 
 
@@ -68,31 +68,37 @@ def add_keys(packed: Tensor | None, a: Tensor, b: Tensor, fraction: float, bits:
 class MeanAtKeys(torch.autograd.Function):
     """`sum(count * |b a|) / sum(count)` over a layer, a scalar, for `a` [r, in], `b` [out, r] and packed counts.
 
-    Value and gradients come from one pass over the tiles, at least in float32 whatever the factors are in; what is kept
-    for the backward pass are the gradients, as large as the factors. With G = count * sign(b a), those are `G a^T` for
-    b and `b^T G` for a; as the sum is of degree one in b, its value is the inner product of b with its gradient.
+    At least in float32, whatever the factors are in. The backward pass makes the tiles anew instead of keeping any:
+    gradients kept from the forward pass would be as large as all factors, more than the counts themselves. With
+    G = count * sign(b a), they are `G a^T` for b and `b^T G` for a.
     """
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, b: Tensor, packed: Tensor, bits: int, total: int) -> Tensor:
-        exact = torch.promote_types(a.dtype, torch.float32)
-        wide_a, wide_b = a.to(exact), b.to(exact)
-        grad_a, grad_b = torch.zeros_like(wide_a), torch.empty_like(wide_b)
-        with torch.autocast(a.device.type, enabled=False):
-            for rows, tile in _tiles(wide_a, wide_b):
-                tile.sign_().mul_(unpack(packed[rows], bits, a.shape[1]))
-                grad_a.addmm_(wide_b[rows].T, tile)
-                torch.mm(tile, wide_a.T, out=grad_b[rows])
-        grad_a /= total
-        grad_b /= total
-        ctx.save_for_backward(grad_a.to(a.dtype), grad_b.to(b.dtype))
-        return (wide_b * grad_b).sum()
+        ctx.save_for_backward(a, b, packed)
+        ctx.bits, ctx.total = bits, total
+        wide_a, wide_b = _wide(a), _wide(b)
+        value = wide_a.new_zeros(())
+        for rows, tile in _tiles(wide_a, wide_b):
+            value += tile.abs_().mul_(unpack(packed[rows], bits, a.shape[1])).sum()
+        return value / total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
-        grad_a, grad_b = ctx.saved_tensors
-        return grad * grad_a, grad * grad_b, None, None, None
+        a, b, packed = ctx.saved_tensors
+        wide_a, wide_b = _wide(a), _wide(b)
+        grad_a, grad_b = torch.zeros_like(wide_a), torch.empty_like(wide_b)
+        for rows, tile in _tiles(wide_a, wide_b):
+            tile.sign_().mul_(unpack(packed[rows], ctx.bits, a.shape[1]))
+            grad_a.addmm_(wide_b[rows].T, tile)
+            torch.mm(tile, wide_a.T, out=grad_b[rows])
+        scale = grad / ctx.total
+        return grad_a.mul_(scale).to(a.dtype), grad_b.mul_(scale).to(b.dtype), None, None, None
+
+
+def _wide(factor: Tensor) -> Tensor:
+    return factor.to(torch.promote_types(factor.dtype, torch.float32))
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:
@@ -104,7 +110,9 @@ def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[slice, Tensor]]:
     height = max(1, _TILE.get(a.device.type, _LARGE_TILE) // a.shape[1])
     for start in range(0, b.shape[0], height):
         rows = slice(start, start + height)
-        yield rows, b[rows] @ a
+        with torch.autocast(a.device.type, enabled=False):
+            tile = b[rows] @ a
+        yield rows, tile
 
 
 def _smallest_key(a: Tensor, b: Tensor, k: int) -> tuple[float, int]:
