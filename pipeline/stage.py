@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
 from trl.models import prepare_deepspeed
@@ -67,8 +68,9 @@ class Entered:
 
     @property
     def enters_base(self) -> bool:
-        """Whether the policy that the stage begins with is the untouched base; a fresh LoRA changes nothing."""
-        return self.before.kind == "base" or self.stage.train.lineage == "independent"
+        """Whether `model` begins as the untouched base; a fresh LoRA changes nothing, fresh experts do."""
+        fresh = self.before.kind == "base" or self.stage.train.lineage == "independent"
+        return fresh and isinstance(self.model, PeftModel)
 
     def load_base(self, accelerator: Any) -> Any:
         """The untouched base once more, on the accelerator's devices, to be looked at."""

@@ -45,11 +45,14 @@ MIXTURES = FAMILIES | {"llava_mixtral": save_llava_mixtral}
 EXPERTS = "model.language_model.layers.{}.mlp.{}"
 
 
-def new_run(folder: Path, family: str, tasks: dict[str, list[Sample]] | None = None) -> Path:
+Tasks = dict[str, list[Sample]]
+
+
+def new_run(folder: Path, family: str, tasks: Tasks | None = None, anchors: Tasks | None = None) -> Path:
     """A run with its data and base; returns the recipe's path, beside which everything is."""
     MIXTURES[family](folder / "base")
     usual = {"colour": uneven("colour", 20, 1), "words": uneven("words", 19, 0)}
-    return make_run(folder / "run", tasks or usual, RECIPE, folder / "base")
+    return make_run(folder / "run", tasks or usual, RECIPE, folder / "base", anchors or {})
 
 
 def tuned(recipe: Path, k: int, *overrides: str) -> tuple[Path, dict[str, Any]]:
@@ -203,8 +206,8 @@ def test_processes_that_chose_differently_are_found(
 @pytest.mark.slow
 def test_freezing_alone_does_not_keep_what_was_learned(tmp_path: Path) -> None:
     """Tokens of a task go to the next one's experts too, which is why old samples are to be mixed in."""
-    shown = make_samples("colour", 16, images=1)
-    recipe = new_run(tmp_path, "qwen3_vl_moe", {"words": make_samples("words", 16, images=0), "colour": shown})
+    tasks = {"words": make_samples("words", 16, images=0), "colour": make_samples("colour", 16, images=1)}
+    recipe = new_run(tmp_path, "qwen3_vl_moe", tasks, {"old": make_samples("old", 16, images=0)})
     samples = read_jsonl(recipe.parent / "data" / "words" / "train.jsonl")
     batch = Collator(AutoProcessor.from_pretrained(tmp_path / "base"), [], 256).collate(samples)
 
@@ -221,6 +224,19 @@ def test_freezing_alone_does_not_keep_what_was_learned(tmp_path: Path) -> None:
     assert stage_loss(1) < 0.1
     assert stage_loss(2) > 1
     assert stage_loss(2, "stream=[words, [words, colour]]") < 0.1
+    assert stage_loss(2, "method.gere={per_batch: 16, weight: 0}") < 0.1
+
+
+def test_gere_s_base_is_not_the_mixture_with_fresh_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of the base are those that any run on it makes, and shares."""
+    recipe = new_run(tmp_path, "qwen3_vl_moe", anchors={"old": make_samples("old", 4, images=0)})
+    made = []
+    for name, method in (("lora", ""), ("experts", ", moextend: {}")):
+        monkeypatch.setenv("MCIT_CACHE", str(tmp_path / name))
+        overrides = [f"method={{gere: {{per_batch: 2, match: l2}}{method}}}", "train.sft.args.max_steps=1"]
+        run_stage(load_recipe(recipe, overrides), 1, recipe.parent, "sft", sft.make_trainer)
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name / "anchors").iterdir()})
+    assert made[0] == made[1] and len(made[0]) == 1
 
 
 def test_what_does_not_fit_is_refused(trained: Any, tmp_path: Path) -> None:
