@@ -1,13 +1,16 @@
 """MoExtend in real stages: what is trained, saved, served and carried on."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, save_llava_mixtral
+from rich.console import Console
 from safetensors.torch import load_file
 from test_families import VLLM, questions
+from tiny_moe import build_model, build_processor
 from training import make_run, make_samples, uneven
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -22,9 +25,12 @@ from mcit.eval.liveness import engine_scores, prove, transformers_scores
 from mcit.eval.serving import read_serving
 from mcit.pipeline.collator import Collator
 from mcit.pipeline.methods.moextend import MoExtend, _restore
-from mcit.pipeline.methods.moextend.models import blocks_of
+from mcit.pipeline.methods.moextend.models import blocks_of, save
 from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.run import perform_steps, start_run
 from mcit.pipeline.stage import run_stage
+from mcit.pipeline.step import Launch
+from mcit.pipeline.terminal import Terminal
 
 RECIPE = """
 method: {moextend: {experts: 2, layers: [1], router_steps: 5}}
@@ -39,11 +45,14 @@ MIXTURES = FAMILIES | {"llava_mixtral": save_llava_mixtral}
 EXPERTS = "model.language_model.layers.{}.mlp.{}"
 
 
-def new_run(folder: Path, family: str, tasks: dict[str, list[Sample]] | None = None) -> Path:
+Tasks = dict[str, list[Sample]]
+
+
+def new_run(folder: Path, family: str, tasks: Tasks | None = None, anchors: Tasks | None = None) -> Path:
     """A run with its data and base; returns the recipe's path, beside which everything is."""
     MIXTURES[family](folder / "base")
     usual = {"colour": uneven("colour", 20, 1), "words": uneven("words", 19, 0)}
-    return make_run(folder / "run", tasks or usual, RECIPE, folder / "base")
+    return make_run(folder / "run", tasks or usual, RECIPE, folder / "base", anchors or {})
 
 
 def tuned(recipe: Path, k: int, *overrides: str) -> tuple[Path, dict[str, Any]]:
@@ -197,8 +206,8 @@ def test_processes_that_chose_differently_are_found(
 @pytest.mark.slow
 def test_freezing_alone_does_not_keep_what_was_learned(tmp_path: Path) -> None:
     """Tokens of a task go to the next one's experts too, which is why old samples are to be mixed in."""
-    shown = make_samples("colour", 16, images=1)
-    recipe = new_run(tmp_path, "qwen3_vl_moe", {"words": make_samples("words", 16, images=0), "colour": shown})
+    tasks = {"words": make_samples("words", 16, images=0), "colour": make_samples("colour", 16, images=1)}
+    recipe = new_run(tmp_path, "qwen3_vl_moe", tasks, {"old": make_samples("old", 16, images=0)})
     samples = read_jsonl(recipe.parent / "data" / "words" / "train.jsonl")
     batch = Collator(AutoProcessor.from_pretrained(tmp_path / "base"), [], 256).collate(samples)
 
@@ -215,6 +224,19 @@ def test_freezing_alone_does_not_keep_what_was_learned(tmp_path: Path) -> None:
     assert stage_loss(1) < 0.1
     assert stage_loss(2) > 1
     assert stage_loss(2, "stream=[words, [words, colour]]") < 0.1
+    assert stage_loss(2, "method.gere={per_batch: 16, weight: 0}") < 0.1
+
+
+def test_gere_s_base_is_not_the_mixture_with_fresh_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The states of the base are those that any run on it makes, and shares."""
+    recipe = new_run(tmp_path, "qwen3_vl_moe", anchors={"old": make_samples("old", 4, images=0)})
+    made = []
+    for name, method in (("lora", ""), ("experts", ", moextend: {}")):
+        monkeypatch.setenv("MCIT_CACHE", str(tmp_path / name))
+        overrides = [f"method={{gere: {{per_batch: 2, match: l2}}{method}}}", "train.sft.args.max_steps=1"]
+        run_stage(load_recipe(recipe, overrides), 1, recipe.parent, "sft", sft.make_trainer)
+        made.append({path.name: path.read_bytes() for path in (tmp_path / name / "anchors").iterdir()})
+    assert made[0] == made[1] and len(made[0]) == 1
 
 
 def test_what_does_not_fit_is_refused(trained: Any, tmp_path: Path) -> None:
@@ -265,3 +287,28 @@ def test_vllm_answers_as_the_model_in_training_did(family: str, layers: str, tmp
         engine.close()
     assert proof["effect"] > 0.01 and proof["gap_max"] < 1e-4
     assert proof["note"].startswith("stage 2 (words, a merged model): acts")
+
+
+@pytest.mark.slow
+def test_a_run_of_the_tiny_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mini/moe` from data to report, by vLLM; again, nothing is left to do."""
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    processor = build_processor()
+    model = build_model(processor.tokenizer)
+    save(model, processor, blocks_of(model, "all"), tmp_path / "tiny_moe")
+    overrides = [f"base_model.path={tmp_path / 'tiny_moe'}", "stream=[digits, arithmetic]", "eval.engine=vllm"]
+    overrides += ["prepare.limit={train: 16, test: 4}", "eval.during={dense: 1, probes: 4}"]
+    terminal, done = Terminal(Console(file=io.StringIO(), width=200)), []
+    for _ in range(2):
+        run = start_run(load_recipe("mini/moe", overrides), tmp_path / "run", Launch.named("single"), terminal)
+        perform_steps(run, run.steps(), terminal)
+        done.append({step.name: step.marker.read_text() for step in run.steps()})
+    assert done[0] == done[1]
+    results = read_json(tmp_path / "run" / "results.json")
+    assert len(results["matrix"]) == 3 and results["metrics"]["MFN"] is not None
+    for name in ("01-digits", "02-arithmetic"):
+        stage = tmp_path / "run" / "stages" / name
+        proof = read_json(stage / "liveness.json")
+        assert (stage / "during.json").exists() and read_serving(stage).kind == "merged"
+        assert proof["engine"] == "vllm" and proof["gap_max"] < 1e-4
+    assert (tmp_path / "run" / "report" / "index.html").exists()

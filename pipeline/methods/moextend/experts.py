@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-NOISE = (
-    0.02  # of a new row, relative to a router's rows: ours. Where they are zero, absolute, as routers are initialised
-)
+NOISE = 0.02  # of a new row, as a share of a router's rows; where these are zero, as it is (a usual start): ours
 
 
 class Added(NamedTuple):
