@@ -158,7 +158,7 @@ def test_launchers(monkeypatch):
     assert command[3:] == [*zero2, "--num_cpu_threads_per_process", "2", "sft.py"]
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert Launch.named("zero2", 4).command(Path("sft.py"))[3:] == [*zero2, "sft.py"]
-    with pytest.raises(InputError, match=r"--launch zero: no such launch configuration\. Did you mean `zero2`"):
+    with pytest.raises(InputError, match=r"--launch zero: no such launch configuration\. Did you mean `zero[23]`"):
         Launch.named("zero")
     with pytest.raises(InputError, match="starts one process, not 2"):
         Launch.named("single", 2)
