@@ -15,7 +15,8 @@ from mcit.pipeline.recipe_yaml import parse_yaml
 from mcit.pipeline.step import Launch
 
 Kind = Literal["prepare", "train", "eval", "report"]
-Options = dict[str, str | int | float | bool | None]  # long options without their dashes; true: a flag, null: none
+Value = str | int | float | bool | None
+Options = dict[str, Value]  # long options without their dashes; true: a flag, null: none
 
 # What the job scripts rely on, by what to do instead.
 _OWNED = {
@@ -62,7 +63,7 @@ class Site:
     """A profile and what the command line says beside it."""
 
     profile: Profile
-    options: Options  # of sbatch, for every job
+    options: Mapping[str, Value]  # of sbatch, for every job
     nodes: int = 1
     gpus: int = 1  # on each node; 0 trains on the CPU
     launch: str | None = None  # default: single for one process, else ddp

@@ -86,9 +86,10 @@ def _note(
             return f"see {job['log']}"
         others = [f"{other} is {found[jobs[other]['id']].state}" for other in blames[name] if other != name]
         return f"never started: {', '.join(others)}" if others else "never started"
-    if state.reason == "Dependency":
-        before = [other for other in job["after"] if other in jobs and jobs[other]["id"] in found]
-        return f"after {', '.join(other for other in before if found[jobs[other]['id']].is_active)}"
+    before = {other: found.get(jobs[other]["id"]) for other in job["after"] if other in jobs}
+    awaited = [other for other, its in before.items() if its and its.is_active]
+    if state.reason == "Dependency" and awaited:
+        return f"after {', '.join(awaited)}"
     return state.reason if state.is_active else ""
 
 

@@ -48,6 +48,7 @@ AccountingStorageType=accounting_storage/none
 SchedulerParameters=sched_interval=2,bf_interval=1
 SlurmdParameters=config_overrides
 ReturnToService=1
+MinJobAge=7200
 NodeName=one NodeHostname=localhost NodeAddr=127.0.0.1 Port={one} CPUs=4 Gres=gpu:2
 NodeName=two NodeHostname=localhost NodeAddr=127.0.0.1 Port={two} CPUs=4 Gres=gpu:2
 PreemptType=preempt/partition_prio
@@ -78,10 +79,10 @@ def slurm_cluster() -> Iterator[Path]:
         stack.enter_context(_daemon(folder, "slurmctld", "-D"))
         for node in ("one", "two"):
             stack.enter_context(_daemon(folder, "slurmd", "-D", "-N", node))
-        wait_for(lambda: _ask(conf, "sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"], 60)
+        wait_for(lambda: _ask(conf, "sinfo", "--noheader", "--format=%D %t").split() == ["2", "idle"], 300)
         yield conf
         _ask(conf, "scancel", f"--user={getpass.getuser()}")
-        wait_for(lambda: not _ask(conf, "squeue", "--noheader").strip(), 60)
+        wait_for(lambda: not _ask(conf, "squeue", "--noheader").strip(), 300)
 
 
 def wait_for(condition: Callable[[], object], seconds: float) -> None:

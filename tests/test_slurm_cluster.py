@@ -71,6 +71,7 @@ def folder(slurm: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     monkeypatch.chdir(tmp_path)
     yield tmp_path
     subprocess.run(["scancel", f"--user={os.getuid()}"], check=True)
+    wait_for(lambda: not queue(), 300)
 
 
 @pytest.fixture
@@ -103,7 +104,7 @@ def told(run: str = "run") -> dict[str, str]:
     return {name: found[id].state for name, id in jobs.items()}
 
 
-def wait_until(expected: dict[str, str], run: str = "run", seconds: float = 60) -> None:
+def wait_until(expected: dict[str, str], run: str = "run", seconds: float = 300) -> None:
     """Wait until the jobs named are in the states given; say where they are if they do not get there."""
     try:
         wait_for(lambda: expected.items() <= told(run).items(), seconds)
@@ -111,7 +112,7 @@ def wait_until(expected: dict[str, str], run: str = "run", seconds: float = 60) 
         raise AssertionError(f"{told(run)} instead of {expected}") from None
 
 
-def wait_until_all(state: str, run: str = "run", seconds: float = 60) -> None:
+def wait_until_all(state: str, run: str = "run", seconds: float = 300) -> None:
     wait_until(dict.fromkeys(read_submitted(Path(run)), state), run, seconds)
 
 
@@ -137,16 +138,16 @@ def test_a_stream_is_submitted_asked_to_stop_and_finished(folder, mcit):
     """USR1 to the job's shell is what SLURM sends before the time limit: the stage stops, queues again, and is done."""
     out = submit(mcit, "--gpus-per-node", "1", "--time", "10")
     assert re.search(r"train-2 +\| \d+ +\| train-1 ", out) and re.search(r"report +\| \d+ +\| eval-1, eval-2 ", out)
-    wait_for((folder / "run" / "logs" / "train-1.log").exists, 240)
+    wait_for((folder / "run" / "logs" / "train-1.log").exists, 600)
     _, out, _ = mcit("status", "run")
     assert re.search(
         r"^running train stage 1/2 first  process \d+ on \S+ since \S+  job \d+ RUNNING$", out, re.MULTILINE
     )
     assert re.search(r"^left    evaluate stage 1  job \d+ PENDING \(after train-1\)$", out, re.MULTILINE)
     subprocess.run(["scancel", "--batch", "--signal=USR1", read_submitted(Path("run"))["train-1"]["id"]], check=True)
-    wait_for(lambda: job_field("run", "train-1", "Restarts") == "1", 60)
+    wait_for(lambda: job_field("run", "train-1", "Restarts") == "1", 300)
 
-    wait_until_all("COMPLETED", seconds=600)
+    wait_until_all("COMPLETED", seconds=1200)
     log = next((folder / "run" / "slurm").glob("train-1.*.out")).read_text()
     assert log.index("stopped by SIGUSR1; the same command goes on") < log.index("asked to stop: queued again")
     assert log.index("asked to stop: queued again") < log.index("✓ train stage 1/2 first")  # one log for both
@@ -169,7 +170,7 @@ def test_a_stream_is_submitted_asked_to_stop_and_finished(folder, mcit):
 @pytest.mark.parametrize("launch", ["ddp", "zero2"])
 def test_a_stage_on_two_nodes(folder, mcit, launch):
     submit(mcit, "eval.cells=last", "--nodes", "2", "--launch", launch)
-    wait_until_all("COMPLETED", seconds=900)
+    wait_until_all("COMPLETED", seconds=1800)
     assert job_field("run", "train-1", "NodeList") == "one,two"
     trained = [read_json(f"run/stages/{name}/trained.json") for name in ("01-first", "02-second")]
     assert [(each["mode"], each["processes"]) for each in trained] == [(launch, 2)] * 2
@@ -179,7 +180,7 @@ def test_a_stage_on_two_nodes(folder, mcit, launch):
 @pytest.mark.slow
 def test_seeds_side_by_side(folder, mcit):
     submit(mcit, "eval.cells=last", "--run-dir", "seeds", "--seeds", "0,7")
-    wait_until_all("COMPLETED", "seeds", seconds=900)  # the job that gathers
+    wait_until_all("COMPLETED", "seeds", seconds=1800)  # the job that gathers
     results = [read_json(f"seeds/seed-{seed}/results.json") for seed in (0, 7)]
     assert [each["seed"] for each in results] == [0, 7]
     assert results[0]["hashes"]["policies"][1] != results[1]["hashes"]["policies"][1]
@@ -227,7 +228,7 @@ def test_cancelled_jobs_stay_so(folder, mcit):
     """A job that is cancelled is asked to stop like one that is to queue again, and must not."""
     Path("run/train-1.sh").write_text(UNTIL_ASKED)
     stand_in(mcit)
-    wait_for(lambda: "works" in seen(), 60)
+    wait_for(lambda: "works" in seen(), 300)
     _, out, _ = mcit("cancel", "run")
     assert [line.split(",")[0] for line in out.splitlines()] == [
         f"cancelled run: {name}" for name in ("train-1", "eval-1", "train-2", "eval-2", "report")
@@ -241,7 +242,7 @@ def test_a_job_does_not_queue_again_for_ever(folder, mcit):
     Path("run/prepare.sh").write_text(UNTIL_ASKED)
     Path("stand-in.yaml").write_text(Path("stand-in.yaml").read_text() + "restarts: 0\n")
     stand_in(mcit)
-    wait_for(lambda: "works" in seen(), 60)
+    wait_for(lambda: "works" in seen(), 300)
     subprocess.run(["scancel", "--batch", "--signal=USR1", read_submitted(Path("run"))["prepare"]["id"]], check=True)
     wait_until({"prepare": "FAILED", "train-1": "CANCELLED"})
     assert "asked to stop after 0 restarts" in Path(read_submitted(Path("run"))["prepare"]["log"]).read_text()
@@ -252,7 +253,7 @@ def test_a_job_that_reaches_its_time_limit_goes_on(folder, mcit):
     """SLURM's own signal. It comes up to a minute early, so that the least limit is three minutes."""
     Path("run/train-1.sh").write_text(UNTIL_ASKED)
     stand_in(mcit, "--time", "3")
-    wait_until_all("COMPLETED", seconds=300)
+    wait_until_all("COMPLETED", seconds=600)
     assert [line for line in seen() if line.startswith("train-1")][1].endswith("restart 1")
     assert job_field("run", "train-1", "Restarts") == "1"
 
@@ -271,7 +272,7 @@ def test_a_job_makes_room_and_goes_on(folder, mcit):
     Path("run/train-1.sh").write_text(UNTIL_ASKED)
     Path("stand-in.yaml").write_text(Path("stand-in.yaml").read_text() + "sbatch: {exclusive: true}\n")
     stand_in(mcit, "--nodes", "2")
-    wait_for(lambda: "works" in seen(), 60)
+    wait_for(lambda: "works" in seen(), 300)
     urgent = ["sbatch", "--parsable", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null"]
     subprocess.run([*urgent, "--wrap", f"date >> {folder}/urgent"], check=True)
     wait_until_all("COMPLETED")
@@ -284,7 +285,7 @@ def test_a_node_goes_in_the_middle(folder, mcit, event):
     """A node that is drained finishes its job and gets no other; one that is lost has its job done elsewhere."""
     Path("run/train-1.sh").write_text('[ "$SLURM_RESTART_COUNT" ] || until [ -f "$3/go" ]; do sleep 0.1; done')
     stand_in(mcit)
-    wait_for(lambda: any(line.startswith("train-1") for line in seen()), 60)
+    wait_for(lambda: any(line.startswith("train-1") for line in seen()), 300)
     node = job_field("run", "train-1", "NodeList")
     other = {"one": "two", "two": "one"}[node]
     scontrol("update", f"nodename={node}", f"state={event}", "reason=test")
@@ -330,11 +331,11 @@ def test_a_member_of_an_array_queues_again_alone(folder, mcit):
         Path(f"run/seed-{seed}").mkdir()
         Path(f"run/seed-{seed}/prepare.sh").write_text(UNTIL_ASKED)
     stand_in(mcit, "--seeds", "0,1")
-    wait_for(lambda: all("works" in seen(f"run/seed-{seed}") for seed in (0, 1)), 60)
+    wait_for(lambda: all("works" in seen(f"run/seed-{seed}") for seed in (0, 1)), 300)
     for seed in (0, 1):  # one after the other, so that whichever has the bare id of the array is among them
         id = read_submitted(Path(f"run/seed-{seed}"))["prepare"]["id"]
         subprocess.run(["scancel", "--batch", "--signal=USR1", id], check=True)
-        wait_for(lambda: len(seen(f"run/seed-{seed}")) >= 3, 60)  # noqa: B023
+        wait_for(lambda: len(seen(f"run/seed-{seed}")) >= 3, 300)  # noqa: B023
     for seed in (0, 1):
         wait_until_all("COMPLETED", f"run/seed-{seed}")
         starts = [line for line in seen(f"run/seed-{seed}") if line.startswith("prepare")]
@@ -372,7 +373,7 @@ def test_a_submission_that_is_refused_in_the_middle_is_taken_back(folder, mcit):
     sent = re.search(r"invalid partition specified: nowhere; .*\. The jobs before it are cancelled: (\d+), (\d+)$", err)
     assert code == 2 and sent
     assert not read_submitted(Path("run"))
-    wait_for(lambda: not queue(), 30)
+    wait_for(lambda: not queue(), 300)
 
 
 def test_a_profile_reaches_the_jobs(folder, mcit):
