@@ -5,8 +5,8 @@
 Makes a LLaVA JSON file of synthetic questions on drawn JPEG images of 160×120 pixels in OUT, once, and a tenth as many
 to test on. Then runs each command in a process of its own, from an empty cache, and prints and writes (`OUT/data.json`)
 seconds, CPU seconds, samples a second and peak memory, sampled ten times a second: the largest resident set of one
-process, and the sum over all processes of the command with shared pages counted once. `imports` is what is imported to
-check trainer arguments and to count tokens. `--only decoders` compares ways to use the cores on the images.
+process, files that are mapped included, and what all processes of the command have allocated. `imports` is what is
+imported to check trainer arguments and to count tokens. `--only decoders` compares ways to use the cores on the images.
 """
 
 import argparse
@@ -73,17 +73,17 @@ def draw(path: Path, rng: random.Random) -> None:
 
 
 def measure(code: str, arguments: list[str], cache: Path) -> dict[str, float]:
-    """Run `python -c code arguments`; seconds, and peak memory in MB of the largest and of all processes."""
+    """Run `python -c code arguments`; seconds, and peak memory in MB: resident of one, allocated by all."""
     environment = os.environ | {"MCIT_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     start, before = time.monotonic(), os.times()
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment)
-    peak = {"largest": 0.0, "together": 0.0}
+    peak = {"resident": 0.0, "allocated": 0.0}
 
     def watch() -> None:
         while process.poll() is None:
             sizes = [memory(pid) for pid in family(process.pid)]
-            peak["largest"] = max(peak["largest"], *(resident for resident, _ in sizes))
-            peak["together"] = max(peak["together"], sum(share for _, share in sizes))
+            peak["resident"] = max(peak["resident"], *(resident for resident, _ in sizes))
+            peak["allocated"] = max(peak["allocated"], sum(allocated for _, allocated in sizes))
             time.sleep(0.1)
 
     watcher = threading.Thread(target=watch)
@@ -123,13 +123,13 @@ def family(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> tuple[float, float]:
-    """Resident and proportional memory of a process (Rss and Pss of Linux) in MB, or 0 if it ended."""
+    """Resident and allocated memory of a process (Rss and Pss_Anon of Linux) in MB, or 0 if it ended."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     except OSError:
         return 0, 0
     found = {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
-    return found.get("Rss", 0), found.get("Pss", 0)
+    return found.get("Rss", 0), found.get("Pss_Anon", 0)
 
 
 def main() -> None:
@@ -168,7 +168,7 @@ def main() -> None:
         print(
             f"{name:14} exit {found['exit']}  {found['seconds']:6.1f} s  {found['cpu_seconds']:6.1f} s of CPU  "
             f"{rate:8.0f} samples/s  "
-            f"largest process {found['largest']:5.0f} MB  all {found['together']:5.0f} MB",
+            f"resident {found['resident']:5.0f} MB  allocated {found['allocated']:5.0f} MB",
             flush=True,
         )
     write_json(out / "data.json", results)

@@ -1,6 +1,9 @@
 """The one error a user can cause: bad input, reported in one line, exit code 2."""
 
 
+_LONGEST = 1000  # characters of a part of an error
+
+
 class InputError(Exception):
     """Bad input from outside: a file, a field in it, what is wrong, and what to do about it.
 
@@ -10,7 +13,18 @@ class InputError(Exception):
     """
 
     def __init__(self, problem: str, *, where: object = "", field: str = "", remedy: str = ""):
-        self.problem, self.where, self.field, self.remedy = problem, str(where), field, remedy
-        place = ": ".join(part for part in (self.where, field) if part)
-        line = f"{place}: {problem}" if place else problem
-        super().__init__(" ".join(f"{line}. {remedy}".split()) if remedy else " ".join(line.split()))
+        self.problem, self.where = _short(problem), _short(str(where))
+        self.field, self.remedy = _short(field), _short(remedy)
+        place = ": ".join(part for part in (self.where, self.field) if part)
+        line = f"{place}: {self.problem}" if place else self.problem
+        super().__init__(" ".join(f"{line}. {self.remedy}".split()) if remedy else " ".join(line.split()))
+
+
+def _short(text: str) -> str:
+    """A text that can be printed: data can put megabytes into it."""
+    return printable(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…")
+
+
+def printable(text: str) -> str:
+    """A text that can be written as UTF-8: lone surrogates, from data or names of files, as `\\udc…`."""
+    return text.encode(errors="backslashreplace").decode()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
 
-from .errors import InputError
+from .errors import InputError, printable
 
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError, UnidentifiedImageError)
 
@@ -41,7 +41,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def inside(name: str, root: Path, where: str) -> str:
-    """The path of an image relative to `root` (POSIX). Raises `InputError` for URLs and for paths that leave `root`.
+    """The path of an image relative to `root` (POSIX). Raises `InputError` for URLs, for paths that leave `root`,
+    and for what cannot be written as text.
 
     The test is on the path as written: a link that the user put into the folder is theirs.
     """
@@ -49,6 +50,8 @@ def inside(name: str, root: Path, where: str) -> str:
         raise InputError(
             f"the image is a URL ({name[:60]})", where=where, field="image", remedy="Download it and give its path"
         )
+    if printable(name) != name:
+        raise InputError(f"the image path {name!r} is no text", where=where, field="image", remedy="Rename the file")
     base = os.path.abspath(root)
     path = os.path.normpath(os.path.join(base, name))
     if not path.startswith(base.rstrip(os.sep) + os.sep) or "\0" in name:

@@ -103,7 +103,7 @@ class _Turns:
         if not isinstance(turn, dict):
             raise InputError("is not an object", where=self.where, field=field)
         role = turn.get("role") or turn.get("from")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise InputError(f"unknown role {role!r}", where=self.where, field=field, remedy="Use user and assistant")
         role = _ROLES[role]
         content = turn.get("content") if turn.get("content") is not None else turn.get("value")

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO
 
-from .errors import InputError
+from .errors import InputError, printable
 from .readers import Part
 from .schema import Sample
 
@@ -44,6 +44,7 @@ class Spool:
             text = json.dumps(sample, allow_nan=False, ensure_ascii=False).encode()
         except (TypeError, ValueError) as error:
             raise InputError(f"cannot be written as JSON ({error})", where=where) from None
+        where = printable(where)
         record = Record(self._end, part, where, images, text)
         record.sample = sample
         line = b"%b\t%b\n" % (json.dumps([part, where, images]).encode(), text)  # JSON holds no bare tab

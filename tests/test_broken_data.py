@@ -88,6 +88,7 @@ def test_not_utf_8(ucit):
         ("../../etc/passwd", "the image path '../../etc/passwd' leaves the image folder"),
         ("/etc/passwd", "leaves the image folder"),
         ("https://example.org/a.jpg", "the image is a URL"),
+        ("a\ud800.jpg", r"the image path 'a\ud800.jpg' is no text"),
         ("x" * 5000 + ".jpg", "no such image"),
         ("ImageNet-R/train/gone.jpg", "no such image"),
     ],
@@ -119,6 +120,18 @@ def test_ten_megabytes_of_answer(ucit):
     edit(ucit, "ImageNet-R/train.json", 1, conversations=turns)
     assert "conversations[1]: 10500000 characters in one turn" in refusal(ucit)
     assert "characters in one turn" in dropped(ucit)
+
+
+def test_what_is_no_text_is_told_in_text(ucit):
+    edit(ucit, "ImageNet-R/train.json", 0, id="\ud800")
+    assert r"sample 1 (id \ud800): cannot be written as JSON" in refusal(ucit)
+    assert r"(id \ud800)" in dropped(ucit)
+    edit(ucit, "ImageNet-R/train.json", 0, id="7" * 1_000_000, style="s" * 1_000_000)
+    with pytest.raises(InputError, match="unknown value 's+…") as error:
+        prepare(ucit)
+    assert len(str(error.value)) < 3000
+    edit(ucit, "ImageNet-R/train.json", 0, id="1", style=None, conversations=[{"from": ["human"], "value": "?"}])
+    assert "conversations[0]: unknown role ['human']" in refusal(ucit)
 
 
 def test_rows_of_another_layout(ucit):
