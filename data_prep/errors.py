@@ -1,6 +1,5 @@
 """The one error a user can cause: bad input, reported in one line, exit code 2."""
 
-
 _LONGEST = 1000  # characters of a part of an error
 
 

@@ -127,7 +127,7 @@ def test_what_is_no_text_is_told_in_text(ucit):
     assert r"sample 1 (id \ud800): cannot be written as JSON" in refusal(ucit)
     assert r"(id \ud800)" in dropped(ucit)
     edit(ucit, "ImageNet-R/train.json", 0, id="7" * 1_000_000, style="s" * 1_000_000)
-    with pytest.raises(InputError, match="unknown value 's+…") as error:
+    with pytest.raises(InputError, match=r"unknown value 's+…") as error:
         prepare(ucit)
     assert len(str(error.value)) < 3000
     edit(ucit, "ImageNet-R/train.json", 0, id="1", style=None, conversations=[{"from": ["human"], "value": "?"}])
