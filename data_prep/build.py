@@ -12,6 +12,7 @@ from itertools import chain, compress
 from pathlib import Path
 from typing import cast
 
+from .choices import Answers
 from .errors import InputError
 from .forms import GoldForms, give_style
 from .identity import Ids, choose_groups, image_ids, rank, split_keys
@@ -39,6 +40,7 @@ class Builder:
         self.parts: dict[Part, array[int]] = {"train": array("q")}
         self.facts: dict[int, ImageFacts] = {}  # of the images that are shown, by their numbers
         self.names: dict[int, str] = {}  # of these images, as the samples will give them
+        self.answers = Answers()
 
     def build(self) -> None:
         """Write the task's files into the folder. Raises `InputError`."""
@@ -56,6 +58,9 @@ class Builder:
         written, forms = self._write(images)
         self._note_shared_images()
         self._note_what_was_passed_over()
+        choices = self.answers.closed()
+        if choices:
+            self.notes.append(f"the answers are a closed set of {len(choices)}: {', '.join(choices)}"[:200])
         scorer = self._choose_scorer(style, forms["test"].fewest_references or forms["train"].fewest_references)
         task = {
             "name": self.task.name,
@@ -64,6 +69,7 @@ class Builder:
             "scorer": scorer,
             "reward": self.task.reward,
             "image_root": root,
+            "choices": choices,
             "notes": self.notes,
         }
         write_task(self.folder, written, images, task)
@@ -220,6 +226,7 @@ class Builder:
                 image_id = next(shared)
                 sample["meta"].setdefault("image_id", image_id)
             forms.look(sample)
+            self.answers.look(sample, part)
             yield sample
 
     def _choose_scorer(self, style: Style, fewest_references: int) -> str:

@@ -142,6 +142,7 @@ class PreparedTask(TypedDict):
     scorer: str
     reward: str
     image_root: str  # "." when the images lie in this folder; sample image paths are relative to it
+    choices: NotRequired[list[str] | None]  # the short answers or labels, where they are a closed set
     counts: dict[str, int]  # samples per part: train, validation, test
     notes: list[str]  # what was inferred, split off or dropped, to be printed
     hash: str  # of the samples and the images' bytes: the data's identity in every fingerprint

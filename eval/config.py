@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from mcit.data_prep.schema import Config
+from mcit.data_prep.schema import Config, TaskConfig
 
 
 class DuringConfig(Config):
@@ -21,6 +21,12 @@ class EvalConfig(Config):
     # auto: vLLM where it runs, else transformers, and says so
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     cells: Literal["metrics", "full", "seen", "last"] = "metrics"
+    # Every question a second time, the answer held to the form that is asked for: what superficial and essential
+    # forgetting are told apart by.
+    constrained: bool = True
+    # Tasks that are never trained, asked at every stage. In a recipe, the name of a probe stands for its task.
+    general: list[TaskConfig] = Field(default_factory=list)
+    image_probe: int | None = Field(default=None, gt=0)  # samples of each task that are asked without their images
     max_new_tokens: int = Field(default=512, gt=0)
     max_model_len: int | None = Field(default=None, gt=0)  # default: what the model's configuration allows
     batch_size: int = Field(default=32, gt=0)  # of the transformers engine; vLLM batches by itself

@@ -8,20 +8,23 @@
 import argparse
 import contextlib
 import json
+import math
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json
-from mcit.data_prep.schema import Config, Sample
+from mcit.data_prep.schema import Config
 
-from .cells import Cell, finish, load_cell, open_partial, resume
+from .asking import Asking
+from .cells import Cell, finish, load_cell, resume
 from .config import EvalConfig
 from .engines.base import Engine, Policy, Request, Response
 from .hashing import cache_dir, hash_model
@@ -46,8 +49,9 @@ def evaluate_cells(
     """Answer and score every cell (stage, task) that is not done.
 
     Base and LoRA policies share one engine; each merged policy then has one of its own. Answers are kept as they come
-    (`predictions/<kk>/<task>.partial.jsonl`) and, once a cell is complete, under their fingerprint in
-    `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them: row 0 is asked once.
+    (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under
+    their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them:
+    row 0 is asked once.
     Raises `InputError`, also when a policy fails the checks of `mcit.eval.liveness`.
     """
     cache = cache or cache_dir()
@@ -104,7 +108,7 @@ def _probes(cells: Sequence[Cell], count: int) -> list[Request]:
     """The same `count` questions for every policy, spread over the tasks."""
     by_task = {cell.task["name"]: cell for cell in cells}
     ordered = [
-        [cell.request(sample) for sample in sorted(cell.samples, key=lambda sample: hash_json(sample["id"]))[:count]]
+        [cell.askings[0].requests[name] for name in sorted((s["id"] for s in cell.samples), key=hash_json)[:count]]
         for _, cell in sorted(by_task.items())
     ]
     turns = (request for turn in zip_longest(*ordered) for request in turn if request is not None)
@@ -143,24 +147,36 @@ def _prove(
 
 def _answer(engine: Engine, cells: Sequence[Cell], config: EvalConfig, cache: Path) -> None:
     """Ask what is missing, keep each answer at once, and finish each cell with its last one."""
-    asked: list[tuple[Cell, Sample]] = []
-    for cell in cells:
-        if cell.engine != engine.name:  # answers of two engines are not mixed
-            cell.engine, cell.answers = engine.name, {}
-        asked += [(cell, sample) for sample in cell.samples if sample["id"] not in cell.answers]
+    left = [(cell, asking, asking.begin(engine.name)) for cell in cells for asking in cell.askings]
     with contextlib.ExitStack() as stack:
-        files = {cell: stack.enter_context(open_partial(cell)) for cell in cells}
+        files = {asking: stack.enter_context(asking.open()) for _, asking, _ in left}
         before = time.monotonic()
-        requests = [cell.request(sample) for cell, sample in asked]
-        for index, response in _progress(engine.stream(requests, config.max_new_tokens), len(requests)):
-            cell, sample = asked[index]
-            row = {"id": sample["id"], **response._asdict()}
-            cell.answers[sample["id"]] = row
-            files[cell].write(json.dumps(row, ensure_ascii=False) + "\n")
+
+        def keep(cell: Cell, asking: Asking, name: str, answer: dict[str, Any]) -> None:
+            nonlocal before
+            asking.answers[name] = {"id": name, **answer}
+            files[asking].write(json.dumps(asking.answers[name], ensure_ascii=False) + "\n")
             now = time.monotonic()
             cell.seconds, before = cell.seconds + now - before, now
             if cell.is_complete:
                 _finish(cell, cache)
+
+        for cell, asking, names in left:
+            if asking.kind == "gold":
+                scored = engine.logprobs([asking.requests[name] for name in names])
+                for name, (_, logprobs) in zip(names, scored, strict=True):
+                    keep(cell, asking, name, {"logprob": math.fsum(logprobs), "tokens": len(logprobs)})
+        asked = list(_turns(left))
+        requests = [asking.requests[name] for _, asking, name in asked]
+        for index, response in _progress(engine.stream(requests, config.max_new_tokens), len(requests)):
+            keep(*asked[index], response._asdict())
+
+
+def _turns(left: Iterable[tuple[Cell, Asking, list[str]]]) -> Iterator[tuple[Cell, Asking, str]]:
+    """What is to be answered, cell by cell; a question in its several ways at once, so that it finds warm caches."""
+    for _, ways in groupby(left, key=lambda one: one[0]):
+        spoken = [[(cell, asking, name) for name in names] for cell, asking, names in ways if asking.kind != "gold"]
+        yield from (one for turn in zip_longest(*spoken) for one in turn if one)
 
 
 def _finish(cell: Cell, cache: Path) -> None:
@@ -198,6 +214,8 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--cells", type=Path, required=True, help="JSON file with the cells and the eval config")
     options = parser.parse_args()
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # every cell has its files open
     try:
         try:
             wanted = Cells.model_validate(read_json(options.cells))

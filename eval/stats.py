@@ -6,7 +6,11 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypedDict
 
+import numpy as np
+
 LEVEL = 0.95  # of every interval
+RESAMPLES = 9_999  # of a bootstrap; scipy's default
+_AT_ONCE = 1_000  # resamples held at once
 
 
 class Interval(TypedDict):
@@ -44,6 +48,27 @@ def clustered_stderr(values: Sequence[float], clusters: Sequence[Hashable]) -> f
 def image_clusters(images: Iterable[Hashable | None]) -> list[Hashable]:
     """The clusters of rows by the image each is about; a row without one (None) is its own."""
     return [("row", number) if image is None else ("image", image) for number, image in enumerate(images)]
+
+
+def resampled_means(values: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+    """Column means of `values` [rows, columns] in each of `RESAMPLES` resamples: [resamples, columns].
+
+    The clusters are drawn anew with replacement, their rows with them, every column alike (cluster bootstrap: Efron &
+    Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 8). What is drawn independently takes another
+    `seed`. All nan for fewer than two clusters.
+    """
+    places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
+    count = len(places)
+    if count < 2:
+        return np.full((RESAMPLES, values.shape[1]), np.nan)
+    sums = np.zeros((count, values.shape[1] + 1))  # of the cluster's rows, and their number
+    np.add.at(sums, [places[cluster] for cluster in clusters], np.column_stack([values, np.ones(len(values))]))
+    generator, means = np.random.default_rng(seed), []
+    for start in range(0, RESAMPLES, _AT_ONCE):
+        times = generator.multinomial(count, [1 / count] * count, size=min(_AT_ONCE, RESAMPLES - start))
+        totals = times @ sums
+        means.append(totals[:, :-1] / totals[:, -1:])
+    return np.concatenate(means)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:

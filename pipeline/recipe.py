@@ -16,6 +16,7 @@ from mcit.data_prep.schema import AnchorConfig, AsdConfig, Config, PrepareConfig
 from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
 from mcit.pipeline.orders import SweepConfig, members, resolve_orders
+from mcit.pipeline.probes import resolve_general
 from mcit.pipeline.recipe_yaml import to_yaml
 from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
@@ -151,8 +152,8 @@ class Recipe(Config):
 
     @property
     def sources(self) -> list[TaskConfig]:
-        """Whatever is prepared: the distinct tasks, and the anchor samples."""
-        return [*self.tasks, *self.anchors]
+        """Whatever is prepared: the distinct tasks, the anchor samples, and the general tasks."""
+        return [*self.tasks, *self.anchors, *self.eval.general]
 
     @property
     def stages(self) -> list[Stage]:
@@ -217,6 +218,7 @@ def load_recipe(
     """
     layers = read_layers(name, overrides, with_methods)
     resolve_orders(layers)
+    resolve_general(layers)
     try:
         recipe = Recipe.model_validate(layers.values, strict=True)
     except ValidationError as error:
@@ -276,7 +278,8 @@ def _located(where: str) -> Iterator[None]:
 
 
 def _check_names(recipe: Recipe, layers: Layers) -> None:
-    """Every task is defined once, before its name is used, and trained at most once in a stage; anchors, too, once."""
+    """Every task is defined once, before its name is used, and trained at most once in a stage; what is not in the
+    stream has other names."""
     where, defined = layers.origin(("stream",)), set[str]()
     for index, entry in enumerate(recipe.entries):
         names = [task if isinstance(task, str) else task.name for task in entry]
@@ -300,11 +303,12 @@ def _check_names(recipe: Recipe, layers: Layers) -> None:
             if names.count(name) > 1:
                 raise InputError(f"{name} stands twice in one stage", where=where, field=f"stream.{index}")
             defined.add(name)
-    for anchor in recipe.anchors:
-        if anchor.name in defined:
-            problem = f"the name {anchor.name} is taken"
-            raise InputError(problem, where=layers.origin(("anchors",)), field=f"anchors.{anchor.name}")
-        defined.add(anchor.name)
+    for section, tasks in (("anchors", recipe.anchors), ("eval.general", recipe.eval.general)):
+        for task in tasks:
+            if task.name in defined:
+                problem, keys = f"the name {task.name} is taken", section.split(".")
+                raise InputError(problem, where=layers.origin(keys), field=f"{section}.{task.name}")
+            defined.add(task.name)
 
 
 def _leaves(mapping: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

@@ -113,7 +113,7 @@ def show_results(run: Run, terminal: Terminal) -> None:
 def _check_files(recipe: Recipe) -> None:
     """Refuse missing data files before anything is written; what is on the Hub is looked for when it is fetched."""
     for task in recipe.sources:
-        section = "anchors" if task in recipe.anchors else "stream"
+        section = "stream" if task in recipe.tasks else "anchors" if task in recipe.anchors else "eval.general"
         for key in PATHS:
             source, field = getattr(task, key), f"{section}.{task.name}.{key}"
             if task.data is not None or not isinstance(source, str) or is_function(source):
@@ -151,7 +151,8 @@ def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
 def _pin_data(recipe: Recipe, run_dir: Path) -> None:
     """Name the commit of every dataset on the Hub, so that a run keeps to the data that it began with."""
     recipe_before = _recipe_before(run_dir) or {}
-    tasks_before = (*tasks_of(recipe_before.get("stream")), *tasks_of(recipe_before.get("anchors")))
+    general = (recipe_before.get("eval") or {}).get("general")
+    tasks_before = [*tasks_of(recipe_before.get("stream")), *tasks_of(recipe_before.get("anchors")), *tasks_of(general)]
     before = {task.get("name"): task.get("data") for task in tasks_before}
     pinned: dict[str, str] = {}
     for task in recipe.sources:

@@ -94,9 +94,9 @@ class Run:
         return Step("settings", "check settings", self._marker("settings"), lambda: True, inputs, work)
 
     def prepare(self, task: TaskConfig) -> Step:
-        """The samples of a task, or of a set of anchors, in the cache."""
+        """The samples of a task, of a set of anchors, or of a general task, in the cache."""
         recipe, marker = self.recipe, self._marker(f"prepare-{task.name}")
-        asd = None if task in recipe.anchors else recipe.asd
+        asd = recipe.asd if task in recipe.tasks else None
 
         def there() -> bool:
             return (Path(read_json(marker)["folder"]) / "task.json").is_file()
@@ -255,8 +255,11 @@ class Run:
 
     def rows(self) -> list[int]:
         """The stages of which something is evaluated, 0 being the base."""
-        wanted = needed_cells(self.recipe.eval.cells, len(self.recipe.stages), self.recipe.learned)
-        return sorted({k for k, _ in wanted})
+        return sorted({k for k, _ in self._needed_cells()})
+
+    def _needed_cells(self) -> list[tuple[int, str]]:
+        general = tuple(task.name for task in self.recipe.eval.general)
+        return needed_cells(self.recipe.eval.cells, len(self.recipe.stages), self.recipe.learned, general)
 
     def evaluate(self, partly: bool = False, row: int | None = None) -> Step:
         """All cells that are needed (`partly`: of the stages that are done; or of one, `row`), in one process."""
@@ -265,8 +268,7 @@ class Run:
 
         def cells() -> list[tuple[int, str]] | None:
             done = [k for k, step in enumerate([self.check(), *training]) if step.done()]
-            wanted = needed_cells(config.cells, len(training), self.recipe.learned)
-            wanted = [cell for cell in wanted if row in (None, cell[0])]
+            wanted = [cell for cell in self._needed_cells() if row in (None, cell[0])]
             return [cell for cell in wanted if cell[0] in done] if partly or {k for k, _ in wanted} <= {*done} else None
 
         def left(wanted: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -278,7 +280,7 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(exclude={"during"}),
+                "config": config.model_dump(exclude={"during", "general"}),  # general tasks are among the cells
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
                 "data": self._test_hashes(task for _, task in wanted),
             }
@@ -322,6 +324,7 @@ class Run:
                 method=recipe.method,
                 stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
                 learned=recipe.learned,
+                general=[task.name for task in recipe.eval.general],
                 recipe_hash=hash_json(dump_recipe(recipe)),
             )
             if not path.exists() or read_json(path) != results:

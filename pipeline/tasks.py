@@ -28,7 +28,9 @@ def resolve_paths(layer: dict[str, Any], folder: Path, *, under_data: bool = Fal
     under_data = under_data or "data" in layer
     _make_absolute(layer, ["data"], folder)
     stream = () if under_data else tasks_of(layer.get("stream"))
-    for task in (*stream, *tasks_of(layer.get("anchors"))):
+    section = layer.get("eval")
+    general = section.get("general") if isinstance(section, dict) else None
+    for task in (*stream, *tasks_of(layer.get("anchors")), *tasks_of(general)):
         _make_absolute(task, ["data"] if "data" in task else PATHS, folder)
 
 

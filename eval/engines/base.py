@@ -72,6 +72,7 @@ class Request(NamedTuple):
     images: Sequence[Path]
     policy: Policy
     completion: str = ""  # what `logprobs` scores; `generate` does not look at it
+    pattern: str = ""  # a regular expression that the whole answer is held to; empty: the answer is free
 
 
 class Response(NamedTuple):

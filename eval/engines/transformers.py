@@ -3,7 +3,8 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,9 +29,13 @@ from .base import (
     unadapted,
 )
 
+if TYPE_CHECKING:
+    from .grammar import Patterns
+
 
 class TransformersEngine:
-    """One copy of the weights with every LoRA loaded beside it; a batch is of one policy, with or without images."""
+    """One copy of the weights with every LoRA loaded beside it; a batch is of one policy, with or without images, and
+    all its answers are free or all are held to patterns."""
 
     name = "transformers"
 
@@ -100,11 +105,21 @@ class TransformersEngine:
                 text = answer_text(self.processor.tokenizer, ids, self.ends)
                 yield index, Response(text, finished, len(ids), prompts[index])
 
+    @cached_property
+    def _patterns(self) -> "Patterns":
+        from .grammar import Patterns
+
+        return Patterns(self.processor.tokenizer, self.model.get_output_embeddings().weight.shape[0])
+
     def _batches(self, requests: Sequence[Request], prompts: Sequence[str]) -> Iterator[list[int]]:
-        """Indices in batches of one policy, with images or without (processors refuse a mix), of similar lengths."""
-        groups: dict[tuple[str, bool], list[int]] = {}
+        """Indices in batches of one policy, with images or without (processors refuse a mix), of similar lengths.
+
+        Free answers have batches of their own, so that they are the same whatever else is asked.
+        """
+        groups: dict[tuple[str, bool, bool], list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault((request.policy.serving.hash, bool(request.images)), []).append(index)
+            key = (request.policy.serving.hash, bool(request.images), bool(request.pattern))
+            groups.setdefault(key, []).append(index)
         for group in groups.values():
             group.sort(key=lambda index: len(prompts[index]))
             for start in range(0, len(group), self.batch_size):
@@ -116,8 +131,10 @@ class TransformersEngine:
     ) -> list[tuple[list[int], bool]]:
         """The generated ids of each request up to its end token, and whether there was one."""
         inputs = self._inputs(requests, prompts)
+        patterns = [request.pattern for request in requests]
+        held = [self._patterns.hold(patterns)] if patterns[0] else None
         with self._active(requests[0].policy):
-            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens)
+            output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, logits_processor=held)
         rooms = (self.context - inputs["attention_mask"].sum(1)).tolist()
         answers = []
         for row, room in zip(output[:, inputs["input_ids"].shape[1] :].tolist(), rooms, strict=True):

@@ -105,6 +105,8 @@ class VllmEngine:
                 mm_processor_kwargs=serving.processor or None,
                 limit_mm_per_prompt={"image": max_images, "video": 0},
                 max_model_len=config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
+                # The library of the transformers engine too: held to a pattern, both give the same answers.
+                structured_outputs_config={"backend": "guidance"},
                 use_tqdm_on_load=False,
                 enforce_eager=not torch.cuda.is_available(),
                 seed=0,
@@ -154,16 +156,22 @@ class VllmEngine:
     def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
         """See `Engine.stream`. The order of work is image → adapter → question, for the encoder and prefix caches."""
         from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
 
-        parameters = SamplingParams(
-            temperature=0,
-            max_tokens=max_new_tokens,
-            stop_token_ids=self.ends,
-            logit_bias=dict.fromkeys(self.forbidden, float("-inf")),
-            detokenize=False,
-        )
+        def parameters(pattern: str) -> SamplingParams:
+            return SamplingParams(
+                temperature=0,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self.ends,
+                logit_bias=dict.fromkeys(self.forbidden, float("-inf")),
+                structured_outputs=StructuredOutputsParams(regex=pattern) if pattern else None,
+                detokenize=False,
+            )
+
+        by_pattern = {pattern: parameters(pattern) for pattern in {request.pattern for request in requests}}
         prompts = [render(self.processor, request) for request in requests]
-        for index, output in self._run(requests, prompts, self._order(requests), parameters):
+        asked = [by_pattern[request.pattern] for request in requests]
+        for index, output in self._run(requests, prompts, self._order(requests), asked):
             answer = output.outputs[0]
             ids = list(answer.token_ids)
             text = answer_text(self.processor.tokenizer, ids, self.ends)
@@ -176,7 +184,7 @@ class VllmEngine:
         texts, counts = zip(*(completed(self.processor, request) for request in requests), strict=True)
         parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         results = {}
-        for index, output in self._run(requests, texts, range(len(requests)), parameters):
+        for index, output in self._run(requests, texts, range(len(requests)), [parameters] * len(requests)):
             ids, count = output.prompt_token_ids, counts[index]
             rows = output.prompt_logprobs[-count:]
             picked = [row[token].logprob for row, token in zip(rows, ids[-count:], strict=True)]
@@ -195,7 +203,7 @@ class VllmEngine:
         return sorted(range(len(requests)), key=key)
 
     def _run(
-        self, requests: Sequence[Request], texts: Sequence[str], order: Sequence[int], parameters: Any
+        self, requests: Sequence[Request], texts: Sequence[str], order: Sequence[int], parameters: Sequence[Any]
     ) -> Iterator[tuple[int, Any]]:
         """(index, vLLM's output) as each request ends; the queue is topped up, so that the engine never runs dry."""
         waiting = deque(order)
@@ -204,7 +212,7 @@ class VllmEngine:
             while waiting or running:
                 while waiting and len(running) < IN_FLIGHT:
                     index = waiting.popleft()
-                    name = self._enqueue(requests[index], texts[index], parameters)
+                    name = self._enqueue(requests[index], texts[index], parameters[index])
                     running[name] = index
                 for output in self._llm.llm_engine.step():
                     if output.finished:
