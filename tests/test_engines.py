@@ -1,6 +1,7 @@
 """Both engines on the embedded tiny model: the same prompts, the same answers, and nothing of an adapter left out."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,6 +112,40 @@ def test_log_probs_are_what_a_plain_forward_pass_gives(slow: TransformersEngine,
         logits = slow.model(input_ids=torch.tensor([head + tail])).logits[0]
     expected = [logits[len(head) + i - 1].log_softmax(-1)[token].item() for i, token in enumerate(tail)]
     assert slow.logprobs([request])[0].logprobs == pytest.approx(expected, abs=1e-5)
+
+
+PATTERNS = (
+    "A|B|C",
+    "Yes|No|yes|no",
+    "red|green|red circle|a\\|b",
+    r"-?(?:[0-9]{1,3}(?:,[0-9]{3}){1,4}|[0-9]{1,15})(?:\.[0-9]{1,10})?",
+    r"\[[0-9]\.[0-9]{2}, ?[0-9]\.[0-9]{2}\]",
+    r"<think>\s?(?:[^<\s]|<+[^<A-Za-z/])(?:[^<]|<+[^<A-Za-z/])*</think>\s?<answer>(?:Yes|No)</answer>",
+)
+
+
+def test_held_to_a_pattern_both_engines_say_the_same_and_nothing_else(
+    fast: VllmEngine, slow: TransformersEngine, requests: list[Request]
+) -> None:
+    """Free and held requests in one batch: the free ones stay what they are. Random weights never have a form."""
+    held = [one._replace(pattern=PATTERNS[i % len(PATTERNS)]) for i, one in enumerate(requests * 2)]
+    ours, theirs = generate(fast, [*requests, *held], 16), generate(slow, [*requests, *held], 16)
+    assert ours == theirs
+    assert ours[: len(requests)] == generate(fast, requests, 16)
+    finished = set()
+    for request, answer in zip(held, ours[len(requests) :], strict=True):
+        if answer.finished:
+            finished.add(request.pattern)
+            assert re.fullmatch(request.pattern, answer.text), answer
+    assert finished >= {*PATTERNS[:4]}
+    free = generate(fast, requests, 16)
+    assert not any(re.fullmatch(pattern, answer.text) for answer in free for pattern in PATTERNS)
+
+
+def test_an_answer_that_only_one_choice_leaves_is_given(fast: VllmEngine, slow: TransformersEngine, requests) -> None:
+    held = [request._replace(pattern="purple") for request in requests]
+    for engine in (fast, slow):
+        assert {(answer.text, answer.finished) for answer in generate(engine, held, TOKENS)} == {("purple", True)}
 
 
 def test_the_order_of_requests_changes_nothing(fast: VllmEngine, requests: list[Request]) -> None:

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from serving import TINY, base_policy, lora_policy, make_task, merged_policy
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl, write_json
+from mcit.data_prep.schema import TaskConfig
 from mcit.eval import engines, evaluate, hashing
+from mcit.eval.cells import resume
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Request, Response, vllm
 from mcit.eval.engines.transformers import TransformersEngine
@@ -20,7 +23,8 @@ from mcit.eval.evaluate import evaluate_cells, load_cell
 from mcit.eval.scorers import SCORERS, Scorer, get_scorer
 from mcit.eval.scoring import set_score
 
-SLOW = EvalConfig(engine="transformers", max_new_tokens=4, probes=2)
+SLOW = EvalConfig(engine="transformers", max_new_tokens=4, probes=2, constrained=False)
+HELD = SLOW.model_copy(update={"constrained": True})
 
 
 @pytest.fixture
@@ -41,7 +45,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     stream = TransformersEngine.stream
 
     def spy(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
-        questions.extend(f"{r.policy.serving.stage} {r.prompt[0]['content'].split(chr(10))[0]}" for r in requests)
+        for r in requests:
+            question = r.prompt[0]["content"].split("\n")[0]
+            questions.append(f"{r.policy.serving.stage} {question}{' (held)' if r.pattern else ''}")
         return stream(self, requests, max_new_tokens)
 
     monkeypatch.setattr(TransformersEngine, "stream", spy)
@@ -76,7 +82,7 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     merged_policy(stages, 4, "whole", eight)
     samples = {"pairs": make_task(run, "pairs", 2, 7), "text": make_task(run, "text", 0, 5)}
     cells = [(k, task) for k in range(5) for task in samples]
-    config = EvalConfig(engine="vllm", max_new_tokens=8, probes=3)
+    config = EvalConfig(engine="vllm", max_new_tokens=8, probes=3, constrained=False)
     evaluate_cells(run, cells, config)
 
     answers = {cell: [row["response"] for row in predictions(run, *cell)] for cell in cells}
@@ -94,7 +100,8 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert [row["id"] for row in rows] == [sample["id"] for sample in samples_of]
         assert set(rows[0]) == {
             "id", "prompt", "response", "parsed", "references", "style", "reasoning", "options", "score",
-            "constrained_score", "format_ok", "content_ok", "verdict", "think", "image_id", "finished", "tokens",
+            "constrained_score", "format_ok", "content_ok", "content_score", "verdict", "think", "image_id", "finished",
+            "tokens",
         }  # fmt: skip
         assert rows[0]["prompt"].count("<|image_pad|>") == (2 if task == "pairs" else 0)
         assert rows[0]["image_id"] == ("image-0" if task == "pairs" else None)
@@ -160,25 +167,27 @@ def test_a_scorer_may_weigh_by_the_whole_test_set(run: Path, monkeypatch: pytest
 
 def test_it_continues_at_the_first_missing_answer(run: Path, asked: list[str]) -> None:
     cell = load_cell(run, 1, "seen", SLOW)
-    header = {"fingerprint": cell.answers_key, "engine": "transformers"}
+    free = cell.askings[0]
+    header = {"fingerprint": free.key, "engine": "transformers"}
     known = [{"id": f"seen-{i}", "text": f"kept {i}", "finished": True, "tokens": 2, "prompt": "p"} for i in (0, 1, 4)]
     lines = [json.dumps(row) for row in (header, *known)]
     cell.predictions.mkdir(parents=True)
-    cell.partial.write_text("\n".join(lines) + "\n" + lines[-1][:20])  # killed in the middle of a line
+    free.partial.write_text("\n".join(lines) + "\n" + lines[-1][:20])  # killed in the middle of a line
     evaluate_cells(run, [(1, "seen")], SLOW)
     assert sorted(asked) == [f"1 Is there a circle in row {i}?" for i in (2, 3, 5)]
     responses = [row["response"] for row in predictions(run, 1)]
     assert [responses[i] for i in (0, 1, 4)] == ["kept 0", "kept 1", "kept 4"]
-    assert not cell.partial.exists()
+    assert not free.partial.exists()
 
 
 @pytest.mark.parametrize("change", [{"fingerprint": "of another policy"}, {"engine": "vllm"}])
 def test_answers_that_belong_elsewhere_are_not_used(run: Path, asked: list[str], change: dict[str, str]) -> None:
     cell = load_cell(run, 1, "seen", SLOW)
-    header = {"fingerprint": cell.answers_key, "engine": "transformers"} | change
+    free = cell.askings[0]
+    header = {"fingerprint": free.key, "engine": "transformers"} | change
     row = {"id": "seen-0", "text": "kept", "finished": True, "tokens": 2, "prompt": "p"}
     cell.predictions.mkdir(parents=True)
-    cell.partial.write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")
+    free.partial.write_text(f"{json.dumps(header)}\n{json.dumps(row)}\n")
     evaluate_cells(run, [(1, "seen")], SLOW)
     assert len(asked) == 6
 
@@ -206,6 +215,108 @@ def test_an_interrupted_evaluation_leaves_nothing_that_counts(
     assert len(kept) == 4 and len(asked) == 2
     rows = {row["id"]: row["response"] for row in predictions(run, 1)}
     assert all(rows[row["id"]] == row["text"] for row in kept)
+
+
+def test_every_question_is_asked_again_with_its_answer_held_to_the_form(run: Path, asked: list[str]) -> None:
+    evaluate_cells(run, [(0, "seen"), (1, "seen")], HELD)
+    assert sum(question.endswith("(held)") for question in asked) == 12 and len(asked) == 24
+    for stage in (0, 1):
+        rows, marker = predictions(run, stage), read_json(run / "predictions" / f"{stage:02d}" / "seen.done.json")
+        assert {row["constrained_response"] for row in rows} <= {"Yes", "No", "yes", "no"}
+        assert all(row["chance"] == 0.5 for row in rows)
+        right = [row["constrained_response"].lower() == row["references"][0] for row in rows]
+        assert [row["constrained_score"] for row in rows] == [100 * ok for ok in right]
+        share = sum(right) / 6
+        assert marker["constrained"]["n"] == 6 and marker["constrained"]["score"] == pytest.approx(100 * share)
+        assert marker["constrained"]["known"] == pytest.approx(max(0, 100 * (2 * share - 1)))
+
+
+def test_free_answers_are_those_without_constraints_and_are_not_asked_again(run: Path, asked: list[str]) -> None:
+    evaluate_cells(run, [(1, "seen")], SLOW)
+    before = predictions(run, 1)
+    assert "constrained_response" not in before[0] and before[0]["constrained_score"] is None
+    asked.clear()
+    evaluate_cells(run, [(1, "seen")], HELD)
+    assert len(asked) == 6 and all(question.endswith("(held)") for question in asked)
+    new = ("constrained_response", "constrained_score", "chance")
+    assert [{k: v for k, v in row.items() if k not in new} for row in predictions(run, 1)] == [
+        {k: v for k, v in row.items() if k not in new} for row in before
+    ]
+    asked.clear()
+    evaluate_cells(run, [(1, "seen")], SLOW)
+    assert predictions(run, 1) == before and not asked
+
+
+def test_it_continues_between_free_and_constrained_answers(
+    run: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = HELD.model_copy(update={"batch_size": 1})
+    stream = TransformersEngine.stream
+
+    def interrupted(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        for count, answer in enumerate(stream(self, requests, max_new_tokens)):
+            if count == 8:  # all six free ones come first here, then two of the others
+                raise KeyboardInterrupt
+            yield answer
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformersEngine, "stream", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_cells(run, [(1, "seen")], config)
+    left = {path.name: len(read_jsonl(path)) - 1 for path in (run / "predictions" / "01").iterdir()}
+    assert left == {"seen.partial.jsonl": 6, "seen+constrained.partial.jsonl": 2}
+    asked.clear()
+    evaluate_cells(run, [(1, "seen")], config)
+    assert len(asked) == 4 and all(question.endswith("(held)") for question in asked)
+    whole = predictions(run, 1)
+    evaluate_cells(run, [(1, "seen")], config, run.parent / "another-cache")
+    assert predictions(run, 1) == whole and sorted(p.name for p in (run / "predictions" / "01").iterdir()) == [
+        "seen.done.json",
+        "seen.jsonl",
+    ]
+
+
+def test_answers_without_the_image_stand_beside_the_true_ones(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, set[tuple[Path, ...]]] = {}
+    stream = TransformersEngine.stream
+
+    def spy(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+        for request in requests:
+            shown.setdefault(request.prompt[0]["content"], set()).add(tuple(request.images))
+        return stream(self, requests, max_new_tokens)
+
+    monkeypatch.setattr(TransformersEngine, "stream", spy)
+    evaluate_cells(run, [(1, "seen")], SLOW.model_copy(update={"image_probe": 4}))
+    rows = predictions(run, 1)
+    assert sum(row["swapped_score"] is not None for row in rows) == 4
+    assert [row["blank_score"] is None for row in rows] == [row["swapped_score"] is None for row in rows]
+    assert sorted(len(images) for images in shown.values()) == [1, 1, 3, 3, 3, 3]
+    for images in shown.values():
+        own = {path for (path,) in images if path.parent.name == "images"}
+        blank = [path for (path,) in images if path.parent.name == "blank"]
+        assert len(own) == len(images) - len(blank) and len(own) in (1, 2)
+        for path in blank:
+            with Image.open(path) as grey:
+                assert grey.getcolors() == [(grey.width * grey.height, (128, 128, 128))]
+                assert grey.size in {(64, 48), (64, 64)}
+    marker = read_json(run / "predictions" / "01" / "seen.done.json")["images"]
+    probed = [row for row in rows if row["swapped_score"] is not None]
+    assert marker["n"] == 4 and marker["true"] == sum(row["score"] for row in probed) / 4
+
+
+def test_of_a_general_task_the_likelihood_of_its_answers_is_kept(run: Path, asked: list[str]) -> None:
+    general = [TaskConfig(name="seen", test="x.json")]
+    evaluate_cells(run, [(0, "seen"), (1, "seen")], HELD.model_copy(update={"general": general}))
+    assert len(asked) == 12 and not any(question.endswith("(held)") for question in asked)
+    found = [read_json(run / "predictions" / f"{stage:02d}" / "seen.done.json")["nll"] for stage in (0, 1)]
+    for stage, nll in enumerate(found):
+        cell = load_cell(run, stage, "seen", SLOW)
+        engine = TransformersEngine([cell.policy], SLOW)
+        resume(cell, run.parent / "cache")
+        scored = engine.logprobs(list(cell.askings[0].requests.values()))
+        tokens = [value for one in scored for value in one.logprobs]
+        assert nll == pytest.approx(-sum(tokens) / len(tokens), rel=1e-4)
+    assert found[0] != found[1]
 
 
 def test_a_full_disk_leaves_nothing_that_counts(run: Path) -> None:
