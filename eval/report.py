@@ -33,6 +33,15 @@ METRICS = {  # the order of the table, and what each says
     "BWT": "mean change since learned (below 0: forgotten)",
     "forgetting": "mean drop from a task's best score",
     "FWT": "mean gain on a task before it is trained, over the base",
+    "superficial": "mean loss of earlier tasks that answers held to the form do not show: form, not knowledge",
+    "essential": "mean loss of earlier tasks that they do show: knowledge",
+    "recoverable": "final answers on earlier tasks that are right but for their form, %",
+    "TA": "CoIN's Truth Alignment: mean score after the last stage, in the form asked for",
+    "KC": "its Knowledge Capability, by rules: the same of what the answers say, whatever their form",
+    "general": "mean score on the general tasks after the last stage",
+    "general_base": "the same of the untouched base",
+    "general_nll": "nats a token of the general tasks' own answers, after the last stage (less is better)",
+    "general_F1": "harmonic mean of general and MFN",
     "min_ACC": "mean over earlier tasks of the worst score since learned, inside stages too (teacher-forced probes)",
     "WC_ACC": "the same with the tasks of the last stage at its end: the worst case a user met",
     "WF": "mean over tasks of the largest fall within 10 optimizer steps",
@@ -73,6 +82,7 @@ def write_report(run_dirs: list[Path], out: Path | None = None) -> Path:
         metrics={name: METRICS[name] for name in METRICS if any(name in result["metrics"] for result in results)},
         verdicts=VERDICTS,
         colour=_colour,
+        shown=_shown,
         answers=_script_json([_answers(Path(run), r) for run, r in zip(run_dirs, results, strict=True)]),
     )
     with atomic_open(out / "index.html") as file:
@@ -107,7 +117,14 @@ def summary_sentences(result: dict[str, Any]) -> list[str]:
                 f"{100 * shares['wrong_format']:.0f} % only in form, {100 * shares['wrong_content']:.0f} % only in "
                 f"content, {100 * shares['wrong_both']:.0f} % in both."
             )
-        if wrong > 0 and shares["wrong_format"] + shares["wrong_both"] > wrong / 2:
+        split = (result.get("forgetting") or {}).get("mean")
+        if split and split["loss"]["value"] > 0:
+            loss, essential, superficial = (split[part]["value"] for part in ("loss", "essential", "superficial"))
+            sentences.append(
+                f"Above chance they lost {loss:.1f} points: {essential:.1f} are gone from answers held to the form asked "
+                f"for, so essential; {superficial:.1f} are superficial, which is what ASD is made against."
+            )
+        elif wrong > 0 and shares["wrong_format"] + shares["wrong_both"] > wrong / 2:
             sentences.append(
                 "Most of what was lost shows as a foreign answer style, which is what ASD is made against."
             )
@@ -160,6 +177,12 @@ def _view(run: Path, result: dict[str, Any]) -> dict[str, Any]:
             **{f"{key} hash": value[:16] for key, value in result["hashes"].items() if isinstance(value, str)},
         },
     }
+
+
+def _shown(estimate: dict[str, float | None]) -> str:
+    """`12.3 [8.0, 16.1]`."""
+    bounds = "" if estimate["low"] is None else f" [{estimate['low']:.1f}, {estimate['high']:.1f}]"
+    return f"{estimate['value']:.1f}{bounds}"
 
 
 def _colour(score: float | None) -> str:

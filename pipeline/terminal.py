@@ -83,6 +83,12 @@ class Terminal:
         if old:
             shares = ", ".join(f"{100 * share:.0f} % {verdict}" for verdict, share in old.items())
             self.say(f"old tasks after the last stage: {shares}")
+        if split := results.get("forgetting", {}).get("mean"):
+            loss, essential, superficial = (split[part]["value"] for part in ("loss", "essential", "superficial"))
+            self.say(f"lost above chance {loss:.1f}: {essential:.1f} essential, {superficial:.1f} superficial")
+        if (general := metrics.get("general")) is not None:
+            before = metrics.get("general_base")
+            self.say(f"general {general:.1f}" + (f", of the base {before:.1f}" if before is not None else ""))
 
     def status(self, status: Mapping[str, Any]) -> None:
         """What is done, running and left: a line a step, with its SLURM job; of a sweep a line a run."""
