@@ -160,7 +160,6 @@ def assemble_results(
         "stderr": table("stderr"),
         "n": table("n"),
         "verdicts": table("verdicts"),
-        "content": table("content"),
         "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
         "hashes": {
             "recipe": recipe_hash,
@@ -174,7 +173,9 @@ def assemble_results(
             "total": sum(value or 0.0 for row in (train, *evaluate, *beside) for value in row),
         },
     }
-    results["metrics"] |= _form_and_content(results)
+    if any(score is not None for row in table("content") for score in row):
+        results["content"] = table("content")
+        results["metrics"] |= _form_and_content(matrix[-1], results["content"][-1])
     if any(marker and "constrained" in marker for row in cells for marker in row):
         results["constrained"] = _constrained(tasks, list(learned), cells)
         results["forgetting"] = _forgetting(run_dir, results, cells)
@@ -217,13 +218,12 @@ def _info(task: PreparedTask) -> TaskInfo:
     return {"name": task["name"], "style": task["style"], "scorer": task["scorer"], "n": task["counts"]["test"]}
 
 
-def _form_and_content(results: Results) -> dict[str, float | None]:
+def _form_and_content(*final: Sequence[float | None]) -> dict[str, float | None]:
     """CoIN's two views of the last row: Truth Alignment, the score in the form asked for, and Knowledge Capability,
     the score of what the answers say."""
-    final = {"TA": results["matrix"][-1], "KC": results["content"][-1]}
     return {
         name: None if None in row else mean([score for score in row if score is not None])
-        for name, row in final.items()
+        for name, row in zip(("TA", "KC"), final, strict=True)
     }
 
 

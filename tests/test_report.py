@@ -129,6 +129,46 @@ def test_matrix_cells_show_score_and_error_and_gaps(run):
     assert ">–</td>" in page
 
 
+def estimate(value: float) -> dict:
+    return {"value": value, "low": value - 1, "high": value + 1}
+
+
+def with_everything() -> dict:
+    """Results of a run in which all that can be asked was asked."""
+    parts = {"loss": estimate(60.0), "essential": estimate(12.5), "superficial": estimate(47.5)}
+    split = {"n": 2, **parts, "recoverable": 40.0}
+    column = [[50.0, None], [80.0, None], [61.0, None]]
+    return _results() | {
+        "forgetting": {"tasks": {"digits": split}, "mean": split, "left_out": {"captions": "why <not>"}},
+        "images": {"true": column, "swapped": [[12.0, None]] * 3, "blank": [[7.0, None]] * 3, "n": [[2, None]] * 3},
+        "general": {
+            "tasks": [{"name": "facts"}],
+            "matrix": [[91.5], [None], [33.0]],
+            "mean": [91.5, None, 33.0],
+            "f1": [None, None, 41.2],
+            "mean_nll": [0.25, None, 3.5],
+        },
+    }
+
+
+def test_what_was_asked_beside_the_matrix_is_shown(run, tmp_path):
+    write_json(run / "results.json", with_everything())
+    page = write_report([run]).read_text()
+    assert "12.5 [11.5, 13.5]" in page and "47.5 [46.5, 48.5]" in page and "40.0 %" in page
+    assert "not split: why &lt;not&gt;" in page
+    assert "91.5" in page and "41.2" in page and "3.50" in page
+    assert "61 · 12 · 7" in page
+    words = " ".join(summary_sentences(with_everything()))
+    assert "they lost 60.0 points: 12.5 are gone" in words and "47.5 are superficial" in words
+    assert "foreign answer style" not in words and "knowledge, not style" not in words
+    other = tmp_path / "plain"
+    write_json(other / "results.json", _results())
+    for task in ("digits", "counting"):
+        shutil.copytree(run / "data" / task, other / "data" / task)
+        shutil.copytree(run / "predictions", other / "predictions", dirs_exist_ok=True)
+    assert "12.5 [11.5, 13.5]" in write_report([other, run], tmp_path / "both").read_text()
+
+
 def test_several_runs_stand_side_by_side(run, tmp_path):
     page = write_report([run, run], tmp_path / "both").read_text()
     assert page.count('<table class="matrix">') == 2

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import write_json
+from mcit.data_prep.files import write_json, write_jsonl
 from mcit.eval.metrics import continual_metrics, metrics_file
 from mcit.eval.results import assemble_results, read_results, write_results
 from mcit.eval.serving import Serving, write_serving
@@ -138,3 +138,59 @@ def test_results_that_cannot_be_read(run):
     write_json(run / "results.json", results)
     with pytest.raises(InputError, match="stderr: is missing"):
         read_results(run)
+
+
+def held(known: float, n: int = 4) -> dict:
+    return {"n": n, "score": 50 + known / 2, "shown": known, "known": known, "known_stderr": 1.0}
+
+
+def answers(right: int, form: bool) -> list[dict]:
+    """Four rows of a yes/no task, of which so many know the answer; shown only where the form is right."""
+    return [
+        {
+            "id": i,
+            "score": 100.0 * (form and i < right),
+            "format_ok": form,
+            "verdict": "correct" if form else "wrong_format",
+            "constrained_score": 100.0 * (i < right),
+            "chance": 0.5,
+            "image_id": i,
+        }
+        for i in range(4)
+    ]
+
+
+def test_what_was_asked_beside_the_matrix_stands_beside_it(run):
+    """Digits: known 100 → 50 (three of four right), shown 100 → 0. Counting has no form; facts is a general task."""
+    info = {"name": "facts", "style": "short", "reasoning": "none", "scorer": "short", "reward": "same"}
+    info |= {"image_root": ".", "counts": {"test": 4}, "notes": [], "hash": "data-facts", "test_hash": "test-facts"}
+    write_json(run / "data" / "facts" / "task.json", info)
+    for k, score in enumerate((90.0, 60.0, 30.0)):
+        write_cell(run, k, "digits", SCORES[k][0], constrained=held((0, 100, 50)[k]), content=SCORES[k][0] + 5)
+        write_cell(run, k, "counting", SCORES[k][1], constrained=None, content=SCORES[k][1])
+        write_cell(run, k, "facts", score, nll=0.5 + k, content=score)
+        write_jsonl(run / "predictions" / f"{k:02d}" / "digits.jsonl", answers(4 if k == 1 else 3, k == 1))
+    results = assemble(run, general=["facts"])
+    assert results["matrix"] == SCORES and [task["name"] for task in results["tasks"]] == ["digits", "counting"]
+    constrained = results["constrained"]
+    assert constrained["known"] == [[0, None], [100, None], [50, None]] and constrained["matrix"][2] == [75, None]
+    assert constrained["left_out"] == {"counting": "its samples do not say what the options are"}
+    split = results["forgetting"]["tasks"]["digits"]
+    assert [split[part]["value"] for part in ("loss", "essential", "superficial")] == [100, 50, 50]
+    assert results["forgetting"]["left_out"] == {}  # counting was learned last: nothing of it is forgotten yet
+    general = results["general"]
+    assert general["mean"] == [90, 60, 30] and general["mean_nll"] == [0.5, 1.5, 2.5]
+    assert general["f1"] == [None, pytest.approx(2 * 60 * 90 / 150), pytest.approx(2 * 30 * 60 / 90)]
+    assert results["metrics"] == continual_metrics(SCORES, row0=True) | {
+        "TA": 60, "KC": 62.5, "essential": 50, "superficial": 50, "recoverable": 100,
+        "general": 30, "general_base": 90, "general_nll": 2.5, "general_F1": pytest.approx(40),
+    }  # fmt: skip
+    write_results(run, results)
+    assert metrics_file(run / "results.json") == results["metrics"]
+
+
+def test_what_was_asked_of_one_stage_alone_splits_nothing(run):
+    write_cell(run, 2, "digits", SCORES[2][0], constrained=held(50))
+    results = assemble(run)
+    assert results["forgetting"]["mean"] is None and results["metrics"]["essential"] is None
+    assert "digits" in results["forgetting"]["left_out"]
