@@ -121,8 +121,8 @@ def summary_sentences(result: dict[str, Any]) -> list[str]:
         if split and split["loss"]["value"] > 0:
             loss, essential, superficial = (split[part]["value"] for part in ("loss", "essential", "superficial"))
             sentences.append(
-                f"Above chance they lost {loss:.1f} points: {essential:.1f} are gone from answers held to the form too, "
-                f"so essential; {superficial:.1f} are superficial, which is what ASD is made against."
+                f"Above chance they lost {loss:.1f} points: {essential:.1f} are essential, gone from answers held to "
+                f"the form too; {superficial:.1f} are superficial, which is what ASD is made against."
             )
         elif wrong > 0 and shares["wrong_format"] + shares["wrong_both"] > wrong / 2:
             sentences.append(

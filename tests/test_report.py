@@ -159,7 +159,7 @@ def test_what_was_asked_beside_the_matrix_is_shown(run, tmp_path):
     assert "91.5" in page and "41.2" in page and "3.50" in page
     assert "61 · 12 · 7" in page
     words = " ".join(summary_sentences(with_everything()))
-    assert "they lost 60.0 points: 12.5 are gone" in words and "47.5 are superficial" in words
+    assert "they lost 60.0 points: 12.5 are essential" in words and "47.5 are superficial" in words
     assert "foreign answer style" not in words and "knowledge, not style" not in words
     other = tmp_path / "plain"
     write_json(other / "results.json", _results())
