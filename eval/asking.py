@@ -59,7 +59,7 @@ class Asking:
 
     def keep(self, cache: Path) -> None:
         """Put complete answers where other runs find them."""
-        if not self._cached(cache).exists():
+        if self.requests and not self._cached(cache).exists():
             write_jsonl(self._cached(cache), [self._header(), *(self.answers[name] for name in self.requests)])
 
     def _header(self) -> dict[str, Any]:
