@@ -1,7 +1,8 @@
 """The ways in which a cell's questions are asked, and the answers there are so far to each, on disk and in a cache."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -51,6 +52,14 @@ class Asking:
         if self.engine != engine:
             self.engine, self.answers = engine, {}
         return [name for name in self.requests if name not in self.answers]
+
+    def settled(self, name: str, free: Mapping[str, Any]) -> bool:
+        """Whether a question held to its form would be answered as it was freely.
+
+        It would where the free answer has the form: each of its tokens was the likeliest of all, so it is the likeliest
+        of those that are allowed.
+        """
+        return free["finished"] and re.fullmatch(self.requests[name].pattern, free["text"]) is not None
 
     def open(self) -> TextIO:
         """The partial file, holding what is known already, open for more; each line is written at once."""
