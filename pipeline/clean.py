@@ -25,6 +25,8 @@ _KEPT = ("name", "style", "reasoning", "scorer", "reward", "format", "overrides"
 
 def check_target(out: Path) -> None:
     """Refuse a folder that holds anything but an earlier clean copy, such as the data themselves."""
+    if out.exists() and not out.is_dir():
+        raise InputError("is a file", where=out, field="--drop-bad", remedy="Name a new folder")
     if out.exists() and not (out / "dropped.jsonl").exists() and any(out.iterdir()):
         raise InputError("is not empty", where=out, field="--drop-bad", remedy="Name a new folder")
 
