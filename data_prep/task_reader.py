@@ -69,7 +69,7 @@ class TaskReader:
             record = None
             with self.one_sample():
                 row = self.layout.read(raw, part, where)
-                if row is None:
+                if row is None and raw is not None:
                     left_out += 1
                     continue
                 if answers:
