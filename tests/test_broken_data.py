@@ -138,11 +138,11 @@ def test_what_is_no_text_is_told_in_text(ucit):
 def test_a_row_that_is_null_is_a_bad_sample_and_not_one_of_another_part(ucit):
     path = ucit / "instructions" / "ImageNet-R" / "train.json"
     path.write_text(json.dumps([None, *json.loads(path.read_text())]))
-    assert "sample 1: a sample is an object, not a NoneType" in refusal(ucit, layout=None, test=0.5)
+    for layout in (None, "coin"):
+        assert "sample 1: a sample is an object, not null" in refusal(ucit, layout=layout)
     folder = prepare(ucit, "drop", layout=None, test=0.5)
     assert not any("another part" in note for note in read_task(folder)["notes"])
-    assert "a sample is an object" in dropped(ucit, layout=None, test=0.5)
-    assert "the layout coin cannot read this row" in refusal(ucit)
+    assert "a sample is an object" in dropped(ucit)
 
 
 def test_rows_of_another_layout(ucit):
