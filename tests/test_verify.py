@@ -483,6 +483,31 @@ def test_the_clean_copy_is_clean(strict: bool, data: Path, monkeypatch, capsys) 
     assert json.loads(capsys.readouterr().out)["clean"]
 
 
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        (
+            lambda data: [(data / "img" / f"{number}.png").unlink() for number in range(12)],
+            "t: --drop-bad: nothing is left of the train part",
+        ),
+        (lambda data: (data / "test.json").write_text("["), "--drop-bad: nothing is left of the test part"),
+        (lambda data: (data / "img.zip").write_bytes(b"PK"), "u: --drop-bad: nothing of it can be read"),
+    ],
+    ids=["no image", "no row", "no archive"],
+)
+def test_a_copy_without_a_part_is_refused_and_nothing_is_written(broken, line, data: Path, monkeypatch, capsys) -> None:
+    task = "train: train.json, test: test.json"
+    recipe(data, f"{{name: a, {task}, images: img2}}", f"{{name: t, {task}, images: img}}")
+    (data / "img2").mkdir()
+    for image in (data / "img").iterdir():
+        (data / "img2" / image.name).write_bytes(image.read_bytes())
+    if line.startswith("u:"):
+        recipe(data, f"{{name: a, {task}, images: img2}}", f"{{name: u, {task}, images: img.zip}}")
+    broken(data)
+    assert mcit(monkeypatch, data / "r.yaml", "--drop-bad", data / "clean") == 2
+    assert line in capsys.readouterr().err and not (data / "clean").exists()
+
+
 def test_files_without_a_recipe(data: Path, monkeypatch, capsys) -> None:
     scene(13).save(data / "img" / "leak.png")
     plant(data, row("q", "1", "gone.png"), row("How many shapes?", "6", "leak.png"))
