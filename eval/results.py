@@ -14,6 +14,7 @@ from mcit.data_prep.schema import PreparedTask
 from .constraints import why_unconstrained
 from .forgetting import Forgetting, forgetting_metrics, split_forgetting
 from .general import General, general_ability, general_metrics
+from .intervals import Bounds, metric_intervals
 from .metrics import continual_metrics
 from .scoring import Verdict
 from .serving import read_serving
@@ -95,6 +96,7 @@ class Results(TypedDict):
     verdicts: list[list[dict[Verdict, float] | None]]  # shares, summing to 1
     content: NotRequired[list[list[float | None]]]  # mean score of what the answers say, whatever their form
     metrics: dict[str, float | None]  # see mcit.eval.metrics and, where measured, mcit.eval.stability and the like
+    intervals: NotRequired[dict[str, Bounds]]  # of the metrics, over other test samples: see mcit.eval.intervals
     constrained: NotRequired[Constrained]  # where it was asked for, as all below
     forgetting: NotRequired[Forgetting]  # since each task was learned, split in superficial and essential
     images: NotRequired[Images]
@@ -173,6 +175,8 @@ def assemble_results(
             "total": sum(value or 0.0 for row in (train, *evaluate, *beside) for value in row),
         },
     }
+    if intervals := metric_intervals(run_dir, list(learned), matrix, list(learned.values())):
+        results["intervals"] = intervals
     if any(score is not None for row in table("content") for score in row):
         results["content"] = table("content")
         results["metrics"] |= _form_and_content(matrix[-1], results["content"][-1])

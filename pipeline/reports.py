@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mcit.data_prep.files import write_json
-from mcit.eval.compare import Comparison, Difference, compare_members, compare_runs
-from mcit.eval.report import old_task_verdicts, write_report
+from mcit.eval.compare import Comparison, compare_members, compare_runs
+from mcit.eval.report.page import write_report
+from mcit.eval.report.sweep import shown, write_sweep_report
+from mcit.eval.report.words import old_task_verdicts, signed
 from mcit.eval.results import read_results
-from mcit.eval.stats import Interval
 from mcit.eval.sweep import SweepResults, is_sweep, read_sweep
-from mcit.eval.sweep_report import shown, write_sweep_report
 
 from .terminal import Terminal
 
@@ -27,12 +27,13 @@ def report(paths: Sequence[Path], out: Path | None, terminal: Terminal) -> None:
 
 def _report_runs(paths: Sequence[Path], out: Path, terminal: Terminal) -> Path:
     results = [dict(read_results(path)) for path in paths]
-    page = write_report(list(paths), out)
+    differences = {place: compare_runs(paths[0], path) for place, path in enumerate(paths[1:], 1)}
+    page = write_report(paths, out, differences)
     for result in results:
         terminal.results(result, old_task_verdicts(result))
     if len(paths) > 1:
         terminal.compare([str(path) for path in paths], results)
-        comparisons = {str(path): compare_runs(paths[0], path) for path in paths[1:]}
+        comparisons = {str(paths[place]): comparison for place, comparison in differences.items()}
         write_json(out / "comparison.json", {"first": str(paths[0]), "others": comparisons})
         for name, comparison in comparisons.items():
             _show_comparison(f"{name} minus {paths[0]}, paired by sample", comparison, terminal)
@@ -51,7 +52,7 @@ def _report_sweeps(paths: Sequence[Path], out: Path, terminal: Terminal) -> Path
         comparisons = {str(path): compare_members(first, other) for path, other in zip(paths[1:], others, strict=True)}
         write_json(out / "comparison.json", {"first": str(paths[0]), "others": comparisons})
         for name, differences in comparisons.items():
-            lines = [(metric, _difference(found["mean"], found), found["n"]) for metric, found in differences.items()]
+            lines = [(metric, signed(found, "mean"), found["n"]) for metric, found in differences.items()]
             if lines:
                 title = f"{name} minus {paths[0]}, paired by seed and order"
                 terminal.table(title, ["metric", "difference, 95 % interval", "pairs"], lines)
@@ -64,13 +65,6 @@ def _metrics(sweep: SweepResults) -> dict[str, dict[str, float | None]]:
 
 def _show_comparison(title: str, comparison: Comparison, terminal: Terminal) -> None:
     known = {**comparison["tasks"], "MFN": comparison["MFN"], "BWT": comparison["BWT"]}
-    lines = [(name, _difference(found["difference"], found), found["n"]) for name, found in known.items() if found]
+    lines = [(name, signed(found), found["n"]) for name, found in known.items() if found]
     if lines:
         terminal.table(title, ["after the last stage", "difference, 95 % interval", "samples"], lines)
-
-
-def _difference(value: float, bounds: Difference | Interval) -> str:
-    """`+3.1  [+0.4, +5.9]`."""
-    if bounds["low"] is None or bounds["high"] is None:
-        return f"{value:+.1f}"
-    return f"{value:+.1f}  [{bounds['low']:+.1f}, {bounds['high']:+.1f}]"

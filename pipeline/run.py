@@ -11,6 +11,7 @@ from mcit.data_prep.places import PATHS
 from mcit.data_prep.prepare import read_task
 from mcit.data_prep.readers import is_function, source_files
 from mcit.eval.hashing import hub_commit
+from mcit.eval.report.words import old_task_verdicts
 from mcit.eval.results import read_results
 
 from .arguments import split_batch
@@ -103,8 +104,6 @@ def evaluate_stage(run: Run, k: int, terminal: Terminal) -> None:
 
 def show_results(run: Run, terminal: Terminal) -> None:
     """The readable matrix, the metrics, what the wrong answers on old tasks are, and where the page is."""
-    from mcit.eval.report import old_task_verdicts  # here: needs matplotlib
-
     results = read_results(run.dir)
     terminal.results(results, old_task_verdicts(dict(results)))
     terminal.say(f"report: {run.dir / 'report' / 'index.html'}")

@@ -341,7 +341,7 @@ class Run:
             return {"results": results["hash"]} if results else None
 
         def work(show: Show, lock: int) -> Facts:
-            from mcit.eval.report import write_report  # here: needs matplotlib
+            from mcit.eval.report.page import write_report  # here: needs matplotlib
 
             write_report([self.dir])
             return {}

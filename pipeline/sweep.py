@@ -64,7 +64,7 @@ def run_sweep(sweep: Sweep, terminal: Terminal) -> None:
 
 def _gather(sweep: Sweep, done: Set[str]) -> None:
     """Write results and report of a sweep from its runs that are `done`, unless nothing is new."""
-    from mcit.eval.sweep_report import write_sweep_report  # here: needs matplotlib
+    from mcit.eval.report.sweep import write_sweep_report  # here: needs matplotlib
 
     runs = [member for member in sweep.members if member.name in done]
     found = [(member.name, member.order, read_results(sweep.dir / member.name)) for member in runs]

@@ -11,9 +11,16 @@ from PIL import Image
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json, write_jsonl
-from mcit.eval.report import old_task_verdicts, summary_sentences, write_report
+from mcit.eval.report.answers import choose
+from mcit.eval.report.heatmaps import loss_heatmaps
+from mcit.eval.report.page import write_report
+from mcit.eval.report.words import difference_sentence, headline, old_task_verdicts, sentences
 
 EVIL = '<script>document.title="stolen"</script><img src=x onerror="document.title=\'stolen\'">'
+
+
+def estimate(value: float) -> dict:
+    return {"value": value, "low": value - 1, "high": value + 1}
 
 
 def _shares(correct=0.0, wrong_format=0.0, wrong_content=0.0, wrong_both=0.0):
@@ -92,19 +99,50 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_summary_says_what_was_forgotten_when_and_how():
-    words = " ".join(summary_sentences(_results()))
+def test_the_headline_says_which_task_was_forgotten_and_when():
+    assert headline(_results()) == "Forgot most: digits, from 90.0 to 30.0, mostly after stage 2 (counting)."
+
+
+@pytest.mark.parametrize(
+    "essential, superficial, nature",
+    [(5.0, 55.0, "mostly form: ASD is made for that"), (50.0, 10.0, "mostly knowledge"), (30.0, 30.0, "alike")],
+)
+def test_the_headline_says_whether_it_was_form_or_knowledge(essential, superficial, nature):
+    split = {"loss": estimate(60.0), "essential": estimate(essential), "superficial": estimate(superficial)}
+    assert nature in headline(_results() | {"forgetting": {"tasks": {"digits": split}}})
+
+
+def test_nothing_lost_is_said_too():
+    kept = _results() | {"matrix": [[10.0, 25.0], [90.0, None], [95.0, 80.0]]}
+    assert headline(kept) == "No task lost anything by the last stage."
+
+
+def test_the_words_say_how_the_old_answers_are_wrong():
+    words = " ".join(sentences(_results()))
     assert "85.0" in words and "55.0" in words
-    assert "Forgot most: digits, from 90.0 to 30.0; the largest step of it came with stage 2 (counting)" in words
     assert "70 % of the final answers are wrong: 40 % only in form, 10 % only in content, 20 % in both" in words
     assert "foreign answer style" in words
 
 
-def test_the_summary_does_not_blame_style_when_knowledge_went():
+def test_the_words_do_not_blame_style_when_knowledge_went():
     results = _results()
     results["verdicts"][2][0] = _shares(correct=0.3, wrong_content=0.7)
-    words = " ".join(summary_sentences(results))
+    words = " ".join(sentences(results))
     assert "knowledge, not style" in words and "foreign answer style" not in words
+
+
+def difference(value: float, low: float, high: float) -> dict:
+    return {"difference": value, "low": low, "high": high, "n": 9}
+
+
+def test_two_runs_are_told_apart_only_where_the_interval_leaves_out_zero():
+    apart = {"MFN": difference(-5.7, -8.6, -2.8), "BWT": difference(6.1, 2.4, 10.0)}
+    assert difference_sentence("a", "b", apart) == (
+        "b ends lower than a (mean score -5.7 [-8.6, -2.8]) and forgets less (change since learned +6.1 [+2.4, +10.0])."
+    )
+    alike = difference_sentence("a", "b", {"MFN": difference(1.0, -1.0, 3.0), "BWT": difference(-1.0, -3.0, 1.0)})
+    assert "cannot be told from" in alike and "no more and no less" in alike
+    assert "only single tasks" in difference_sentence("a", "b", {"MFN": None, "BWT": None})
 
 
 def test_old_tasks_are_those_learned_before_the_last_stage():
@@ -118,7 +156,7 @@ def test_nothing_a_model_said_reaches_the_page_as_markup(run):
     page = write_report([run]).read_text()
     assert "<script>document" not in page and "onerror=" not in page.replace("\\u003c", "<").split("<script>")[0]
     answers = json.loads(re.search(r"const runs = (.*);\n", page)[1])
-    assert answers[0]["tasks"]["digits"][0]["answers"][0]["response"] == EVIL
+    assert answers[0]["tasks"]["digits"]["questions"][0]["answers"]["0"]["text"] == EVIL
     assert not re.search(r'(src|href)="https?:', page), "the page must not need the network"
 
 
@@ -127,10 +165,6 @@ def test_matrix_cells_show_score_and_error_and_gaps(run):
     assert "30.0<small> ±3.2</small>" in page or "30.0<small> ±3.3</small>" in page
     assert page.count('class="learned"') == 2
     assert ">–</td>" in page
-
-
-def estimate(value: float) -> dict:
-    return {"value": value, "low": value - 1, "high": value + 1}
 
 
 def with_everything() -> dict:
@@ -158,7 +192,7 @@ def test_what_was_asked_beside_the_matrix_is_shown(run, tmp_path):
     assert "not split: why &lt;not&gt;" in page
     assert "91.5" in page and "41.2" in page and "3.50" in page
     assert "61 · 12 · 7" in page
-    words = " ".join(summary_sentences(with_everything()))
+    words = " ".join(sentences(with_everything()))
     assert "they lost 60.0 points: 12.5 are essential" in words and "47.5 are superficial" in words
     assert "foreign answer style" not in words and "knowledge, not style" not in words
     other = tmp_path / "plain"
@@ -169,10 +203,53 @@ def test_what_was_asked_beside_the_matrix_is_shown(run, tmp_path):
     assert "12.5 [11.5, 13.5]" in write_report([other, run], tmp_path / "both").read_text()
 
 
+def test_what_was_lost_is_shown_after_every_stage(run):
+    shown, known = [[0.0, 0.0], [90.0, None], [30.0, 80.0]], [[0.0, 0.0], [92.0, None], [80.0, 81.0]]
+    results = _results() | {"constrained": {"shown": shown, "known": known}}
+    found = {table.title: table for table in loss_heatmaps(results)}
+    after_counting = {name: [cell.value for cell in table.rows[2][1]] for name, table in found.items()}
+    assert after_counting == {"superficial": [48.0, None], "essential": [12.0, None]}
+    assert all(cell.value is None for table in found.values() for row in table.rows[:2] for cell in row[1])
+    write_json(run / "results.json", results)
+    page = write_report([run]).read_text()
+    assert ">48.0</td>" in page and ">12.0</td>" in page
+
+
+def test_metrics_stand_with_their_intervals(run):
+    write_json(run / "results.json", _results() | {"intervals": {"MFN": {"low": 51.2, "high": 58.8}}})
+    assert "<td>55.0 [51.2, 58.8]</td>" in write_report([run]).read_text()
+
+
 def test_several_runs_stand_side_by_side(run, tmp_path):
-    page = write_report([run, run], tmp_path / "both").read_text()
-    assert page.count('<table class="matrix">') == 2
+    compared = {"tasks": {"digits": difference(9.0, 1.0, 17.0)}, "MFN": difference(3.0, 1.0, 5.0), "BWT": None}
+    page = write_report([run, run], tmp_path / "both", {1: compared}).read_text()
+    assert page.count('<table class="heat">') == 2
+    assert f"two-tasks ({run.name})" in page, "runs of one recipe must be told apart"
+    assert "ends higher than" in page and "+9.0 [+1.0, +17.0]" in page
     assert (tmp_path / "both" / "matrix.png").stat().st_size > 5000
+    assert (tmp_path / "both" / "curves.png").stat().st_size > 5000
+
+
+def test_every_way_in_which_answers_changed_is_there_to_look_at():
+    def rows(verdicts: str) -> dict:
+        long = {"c": "correct", "f": "wrong_format", "w": "wrong_content"}
+        return {str(place): {"verdict": long[verdict]} for place, verdict in enumerate(verdicts)}
+
+    before, after = rows("cccccccw"), rows("cccccfwc")
+    assert choose(before, after, 4) == ["6", "5", "0", "7"], "lost first (content, form), then kept, then gained"
+    assert choose(before, after, 99) == ["6", "5", "0", "7", "1", "2", "3", "4"]
+
+
+def test_the_markdown_says_the_same(run):
+    write_json(run / "results.json", with_everything())
+    write_report([run])
+    text = (run / "report" / "report.md").read_text()
+    assert "**Forgot most: digits, from 90.0 to 30.0" in text
+    assert "| 1 digits | **90.0** ±1.5 | – |" in text
+    assert "| MFN | 55.0 | mean score after the last stage |" in text
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables), "a row of a table broke off"
+    assert "<" not in text, "nothing that a model said belongs into a model card"
 
 
 def test_a_run_without_results_is_refused(tmp_path):
@@ -195,4 +272,5 @@ def test_the_page_works_in_a_real_browser(run, tmp_path):
     ).stdout
     assert "<title>two-tasks</title>" in dom, "a response ran as a script"
     assert dom.count('class="answer"') == 2, "the browser of answers is not filled in"
+    assert "2 of 2" in dom and "when learned, 1 digits" in dom
     assert "&lt;script&gt;document.title" in dom

@@ -6,8 +6,8 @@ import random
 import pytest
 from PIL import Image
 
+from mcit.eval.report.stability import write_stability_image
 from mcit.eval.stability import curves_metrics, join_curves, stability_metrics
-from mcit.eval.stability_image import write_stability_image
 
 NAMES = {"min_ACC", "WC_ACC", "WF", "WP", "WF_100", "WP_100", "LCA"}
 

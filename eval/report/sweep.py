@@ -7,9 +7,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from mcit.data_prep.files import atomic_open
 
-from .report import METRICS, write_matrix_image
-from .stats import Interval
-from .sweep import Matrix, read_sweep
+from ..stats import Interval
+from ..sweep import Matrix, read_sweep
+from .heatmaps import write_matrix_image
+from .words import METRICS
 
 
 def write_sweep_report(paths: list[Path], out: Path) -> Path:

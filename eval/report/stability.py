@@ -13,9 +13,8 @@ from matplotlib.ticker import NullLocator
 
 from mcit.data_prep.files import atomic_open
 
-# Okabe & Ito's colours, told apart by colour-blind people; from the ninth task on, other strokes tell them apart.
-_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
-_STROKES = ["-", "--", ":", "-."]
+from .strokes import COLUMNS, stroke
+
 _ROWS = {"exact": "exact match, %", "logprob": "log-prob of a gold token, nats"}
 
 
@@ -26,7 +25,7 @@ def write_stability_image(results: Sequence[Mapping[str, Any]], path: Path) -> N
     after a switch can be seen. Bands are one standard error, from the number of probes.
     """
     names = dict.fromkeys(task for result in results for task in result["curves"]["tasks"])
-    styles = {task: _style(number) for number, task in enumerate(names)}
+    styles = {task: stroke(number) for number, task in enumerate(names)}
     width = max(len(result["curves"]["ends"]) - 1 for result in results)
     height = len(_ROWS) * len(results)
     size = (1.4 + 2.3 * width, 0.9 + 1.9 * height)
@@ -41,7 +40,7 @@ def write_stability_image(results: Sequence[Mapping[str, Any]], path: Path) -> N
                 else:
                     axis.set_axis_off()
     handles = {handle.get_label(): handle for axis in axes.flat for handle in axis.get_legend_handles_labels()[0]}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=len(_COLOURS), fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=COLUMNS, fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     plt.close(figure)
@@ -74,8 +73,3 @@ def _draw_stage(axis: Any, result: Mapping[str, Any], k: int, key: str, styles: 
     axis.set_xlabel("steps since the switch", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(alpha=0.25)
-
-
-def _style(number: int) -> dict[str, str]:
-    strokes = number // len(_COLOURS) % len(_STROKES)
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STROKES[strokes]}
