@@ -16,6 +16,7 @@ from mcit.data_prep.schema import AnchorConfig, AsdConfig, Config, PrepareConfig
 from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
 from mcit.pipeline.orders import SweepConfig, members, resolve_orders
+from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.recipe_yaml import to_yaml
 from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
@@ -130,6 +131,7 @@ class Recipe(Config):
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    publish: PublishConfig | None = None  # the last step: on the Hub
     sweep: SweepConfig | None = None  # run several times, under other seeds and orders of the tasks
     folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for
 

@@ -183,6 +183,8 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
+    if step.name == "publish":
+        return [marker["address"], *marker["notes"]]
     if step.name.startswith("evaluate"):
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

@@ -39,7 +39,15 @@ class Run:
     def steps(self, rows: Iterable[int] = ()) -> list[Step]:
         """All steps in order; the stages `rows` are evaluated by themselves before what is left of them is."""
         alone = [self.evaluate(row=k) for k in rows]
-        return [*self.preparation(), *self.training(), *alone, self.evaluate(), self.results(), self.report()]
+        return [
+            *self.preparation(),
+            *self.training(),
+            *alone,
+            self.evaluate(),
+            self.results(),
+            self.report(),
+            *self.publication(),
+        ]
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
@@ -310,9 +318,10 @@ class Run:
     def results(self) -> Step:
         """RUN/results.json, gathered from the markers."""
         recipe, path = self.recipe, self.dir / "results.json"
+        scored = {key: value for key, value in dump_recipe(recipe).items() if key != "publish"}
 
         def inputs() -> Facts | None:
-            return {"recipe": dump_recipe(recipe)} if self.check().done() else None
+            return {"recipe": scored} if self.check().done() else None
 
         def work(show: Show, lock: int) -> Facts:
             results = assemble_results(
@@ -322,7 +331,7 @@ class Run:
                 method=recipe.method,
                 stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
                 learned=recipe.learned,
-                recipe_hash=hash_json(dump_recipe(recipe)),
+                recipe_hash=hash_json(scored),
             )
             if not path.exists() or read_json(path) != results:
                 write_results(self.dir, results)
@@ -345,6 +354,25 @@ class Run:
 
         page = self.dir / "report" / "index.html"
         return Step("report", "report", self._marker("report"), page.exists, inputs, work)
+
+    def publication(self) -> list[Step]:
+        """The last step, on the Hub, if the recipe has it."""
+        config = self.recipe.publish
+        if config is None:
+            return []
+
+        def inputs() -> Facts | None:
+            results, report = self.results().done(), self.report().done()
+            return {"results": results["hash"], "publish": config.model_dump()} if results and report else None
+
+        def work(show: Show, lock: int) -> Facts:
+            from .publishing.files import gather  # here: needs the Hub's client
+            from .publishing.hub import readable_token, send
+
+            address, warning = send(gather(self.recipe, self.dir, config), show), readable_token()
+            return {"address": address, "notes": [warning] if warning else []}
+
+        return [Step("publish", f"publish {config.repo_id}", self._marker("publish"), lambda: True, inputs, work)]
 
     def task(self, name: str) -> PreparedTask:
         """What is known of a prepared task."""
