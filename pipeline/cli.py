@@ -10,7 +10,7 @@ import typer
 
 from mcit.data_prep.errors import InputError
 
-from . import cli_data, cli_publish, cli_runs, cli_tools
+from . import cli_data, cli_plan, cli_publish, cli_runs, cli_tools
 
 app = typer.Typer(
     help="Continual instruction tuning of vision-language models: tune task after task, measure what was forgotten.",
@@ -24,6 +24,7 @@ app.command()(cli_runs.prepare)
 app.command()(cli_runs.train)
 app.command("eval")(cli_runs.evaluate)
 app.command()(cli_runs.report)
+app.command()(cli_plan.plan)
 app.command()(cli_publish.publish)
 app.command()(cli_publish.export)
 app.command()(cli_runs.submit)

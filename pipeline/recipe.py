@@ -32,6 +32,7 @@ class ModelConfig(Config):
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"  # of the frozen base while it is trained on; it is served in `dtype`
     processor: dict[str, Any] = Field(default_factory=dict)  # e.g. {min_pixels: …, max_pixels: …}
     trust_remote_code: bool = False
 
@@ -131,6 +132,7 @@ class Recipe(Config):
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    start_from: str | None = None  # a run, a stage's folder, or hub:owner/name@revision: row 0 in the base's place
     publish: PublishConfig | None = None  # the last step: on the Hub
     sweep: SweepConfig | None = None  # run several times, under other seeds and orders of the tasks
     folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for

@@ -17,6 +17,7 @@ from .arguments import split_batch
 from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
+from .start import pin_start
 from .status import write_status
 from .step import Launch, Step
 from .steps import Run
@@ -54,6 +55,8 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
     _check_batches(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
+    if recipe.start_from is not None:
+        recipe.start_from = pin_start(recipe.start_from, (before or {}).get("start_from"))
     return before
 
 

@@ -40,6 +40,7 @@ from .methods import Method, build_methods
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .replay import Replays
 from .schedule import trained_in
+from .start import stages_behind
 from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
 from .zero3 import keep_whole
 
@@ -167,7 +168,7 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
-    seed = (recipe.seed * 1_000_003 + k) % 2**31
+    seed = (recipe.seed * 1_000_003 + stages_behind(stages / "00-base") + k) % 2**31
     set_seed(seed)
     model, processor = load_model(recipe.base_model), load_processor(recipe.base_model)
     if not torch.cuda.is_available() and model.num_parameters() < _TINY:

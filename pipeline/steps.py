@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mcit.data_prep.checks import fit_task
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import hash_files, hash_json, read_json, replace_link, write_json
+from mcit.data_prep.files import hash_json, read_json, replace_link, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
 from mcit.data_prep.schema import PreparedTask, TaskConfig
 from mcit.eval.cells import load_cell, needed_cells
@@ -27,6 +27,7 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 from .child import run_child
 from .locks import locked
 from .recipe import Recipe, Stage, dump_recipe, write_recipe
+from .start import find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
 
@@ -126,19 +127,24 @@ class Run:
         return Step(f"prepare/{task.name}", f"prepare {task.name}", marker, there, inputs, work, again=True)
 
     def base(self) -> Step:
-        """Row 0: how the untouched base model is served, and its hash."""
-        model, folder = self.recipe.base_model, self.stage_dir(0)
+        """Row 0: how the untouched base model is served, and its hash; or the policy that the run starts from."""
+        model, folder, start = self.recipe.base_model, self.stage_dir(0), self.recipe.start_from
 
         def inputs() -> Facts:
             # A Hub id comes with the commit that the run began with, so only a folder can change below us.
-            return model.model_dump() | ({"hash": hash_model(model.path)} if Path(model.path).is_dir() else {})
+            local = {"hash": hash_model(model.path)} if Path(model.path).is_dir() else {}
+            return model.model_dump(exclude={"quantization"}) | local | (start_inputs(start, folder) if start else {})
 
         def work(show: Show, lock: int) -> Facts:
             digest = hash_model(model.path, model.revision)
-            settings = model.model_dump(exclude={"path"})
+            settings = model.model_dump(exclude={"path", "quantization"})
             row0 = Serving(
                 stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
             )
+            if start:
+                row0 = place_start(find_start(start), row0, folder)
+            else:
+                forget_start(folder)
             write_serving(folder, row0)
             for k in range(1, len(self.recipe.stages) + 1):  # the same model may lie elsewhere by now
                 if (self.stage_dir(k) / "serving.json").exists():
@@ -146,7 +152,7 @@ class Run:
                     if serving.base_hash == digest:
                         moved = {"base": model.path, "revision": model.revision}
                         write_serving(self.stage_dir(k), serving.model_copy(update=moved))
-            return {"policy": digest, "state": None}
+            return {"policy": row0.hash, "state": state_hash(sorted((folder / "method").glob("*")))}
 
         return Step("base", "base model", folder / "done.json", (folder / "serving.json").exists, inputs, work)
 
@@ -167,6 +173,7 @@ class Run:
                 return None
             return {
                 "policy": row0["policy"],
+                **({"state": row0["state"]} if row0["state"] else {}),
                 "processor": recipe.base_model.processor,
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
@@ -198,7 +205,8 @@ class Run:
                 notes += check_gold(folder)
                 replace_link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
-            return {"policy": row0.hash, "state": None, "longest": longest, "notes": notes}
+            state = state_hash(sorted((self.stage_dir(0) / "method").glob("*")))
+            return {"policy": row0.hash, "state": state, "longest": longest, "notes": notes}
 
         return Step("check", "check samples", self._marker("check"), there, inputs, work)
 
@@ -216,6 +224,7 @@ class Run:
             tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
             anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
             other = "rft" if stage.train.paradigm == "sft" else "sft"
+            behind, quantization = stages_behind(self.stage_dir(0)), recipe.base_model.quantization
             return {
                 "stage": stage.k,
                 "train": stage.train.model_dump(exclude={other}),
@@ -226,7 +235,9 @@ class Run:
                 **({"anchors": anchors} if anchors else {}),
                 **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
-                "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
+                **({"behind": behind} if behind else {}),
+                **({"quantization": quantization} if quantization != "none" else {}),
+                "policy": row0.base_hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
                 # Part of what a stage makes, since nobody can look into its training afterwards.
                 **({"during": during.model_dump() | {"test": self._test_hashes(seen)}} if during else {}),
@@ -237,10 +248,9 @@ class Run:
                 if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
             self._train(stage, step.file_name, show, lock)
-            state = [path for path in (folder / "method").rglob("*") if path.is_file()]
             return {
                 "policy": read_serving(folder).hash,
-                "state": hash_files(state, folder) if state else None,
+                "state": state_hash(sorted((folder / "method").glob("*"))),
                 "trained": read_json(folder / "trained.json"),
             }
 

@@ -119,8 +119,8 @@ def serve() -> Iterator[Hub]:
 
 
 class Refused(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "") -> None:
-        self.status, self.code, self.message = status, code, message
+    def __init__(self, status: int, code: str = "", message: str = "", **more: str) -> None:
+        self.status, self.code, self.answer = status, code, {"error": message or f"status {status}", **more}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -148,7 +148,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise Refused(fault.status or 500)
             status, answer, headers = self.answer(path)
         except Refused as refused:
-            status, answer = refused.status, {"error": refused.message or f"status {refused.status}"}
+            status, answer = refused.status, refused.answer
             headers = {"X-Error-Code": refused.code} if refused.code else {}
         if fault and fault.after:
             return self.hang_up()
@@ -221,12 +221,13 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(self.body)
         kind = "datasets" if asked.get("type") == "dataset" else "models"
         repo_id = f"{asked['organization']}/{asked['name']}"
+        url = f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"
         if f"{kind}/{repo_id}" in self.hub.repos:
-            raise Refused(409, message="You already created this repo")
+            raise Refused(409, message="You already created this repo", url=url)
         repo = Repo(asked.get("visibility") == "private" or bool(asked.get("private")))
         repo.add("initial commit", {".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)})
         self.hub.repos[f"{kind}/{repo_id}"] = repo
-        return {"url": f"{self.hub.endpoint}/{'datasets/' if kind == 'datasets' else ''}{repo_id}"}
+        return {"url": url}
 
     def refs(self, kind: str, repo_id: str) -> Any:
         repo = self.repo(kind, repo_id)

@@ -17,11 +17,12 @@ from mcit.eval.serving import Serving, read_serving
 
 from ..recipe import Recipe, Stage
 from ..recipe_yaml import to_yaml
+from ..start import MANIFEST, stages_behind
 from .card import model_card, predictions_card
 from .config import PublishConfig
 from .private import Content, Private, Tree
 
-MANIFEST, SCHEMA_VERSION = "mcit.json", 1
+SCHEMA_VERSION = 1
 # Where files of a model name the folder that they were made from.
 _NAMES = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 
@@ -134,6 +135,7 @@ def _revision(
             "run": recipe.name,
             "seed": recipe.seed,
             "stage": stage.k,
+            "behind": stages_behind(run_dir / "stages" / "00-base"),
             "name": stage.name,
             "learned": learned,
             "kind": serving.kind,

@@ -15,7 +15,7 @@ from mcit.eval.hashing import cache_dir
 
 from ..doctor import hub_cache
 from ..recipe import Recipe
-from ..secrets import secrets_in
+from ..redaction import secrets_in
 from .config import PublishConfig
 
 Content = Path | bytes
