@@ -89,7 +89,8 @@ def _merge(recipe: Recipe, policy: Policy, folder: Path) -> None:
     from .stage import load_model, load_processor  # here: needs trl
 
     assert policy.adapter is not None
-    base = recipe.base_model.model_copy(update={"path": policy.serving.base, "revision": policy.serving.revision})
+    unquantised = {"path": policy.serving.base, "revision": policy.serving.revision, "quantization": "none"}
+    base = recipe.base_model.model_copy(update=unquantised)
     model = load_model(base)
     fold(model, load_adapter(policy.adapter))
     model.save_pretrained(folder)

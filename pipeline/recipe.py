@@ -17,6 +17,7 @@ from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
 from mcit.pipeline.orders import SweepConfig, members, resolve_orders
 from mcit.pipeline.publishing.config import PublishConfig
+from mcit.pipeline.quantization import check_quantization
 from mcit.pipeline.recipe_yaml import to_yaml
 from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
@@ -242,12 +243,14 @@ def load_recipe(
 
 def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
     """Check and write out the methods, in place; anchor samples that none of them asks for are left out."""
-    keeps = set[str]()
+    keeps, carriers, stages = set[str](), set[str](), list(stages)
     if recipe.method:
         from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
 
         recipe.method = expand(recipe.method)
-        keeps = {method.keeps for stage in stages for method in build_methods(recipe.method, stage.train)}
+        methods = [method for stage in stages for method in build_methods(recipe.method, stage.train)]
+        keeps, carriers = {m.keeps for m in methods}, {m.name for m in methods if m.carries}
+    check_quantization(recipe, {stage.train.lineage for stage in stages}, carriers)
     if "general data" not in keeps:
         recipe.anchors = []
     elif not recipe.anchors:

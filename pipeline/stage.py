@@ -37,6 +37,7 @@ from .collator import Collator
 from .during import During, choose_probes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
+from .quantization import keep_trainable, quantised_options
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .replay import Replays
 from .schedule import trained_in
@@ -257,13 +258,17 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
 
 
 def load_model(base: ModelConfig) -> Any:
-    """The untouched base model, on the CPU, in the recipe's dtype."""
-    return AutoModelForImageTextToText.from_pretrained(
+    """The untouched base model in the recipe's dtype: on the CPU, or, quantised, on the process's device."""
+    model = AutoModelForImageTextToText.from_pretrained(
         base.path,
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
+        use_safetensors=True,  # never a pickle
         dtype=getattr(torch, base.dtype),
+        **quantised_options(base),
     )
+    keep_trainable(model)
+    return model
 
 
 def load_processor(base: ModelConfig) -> Any:

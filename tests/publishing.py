@@ -4,8 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import pytest
 from hub import WRITE, Hub
 from PIL import Image
 from random_model import RANDOM
@@ -17,6 +21,7 @@ from mcit.pipeline.terminal import Terminal
 
 COLOURS = ("red", "green", "blue", "white")
 QUESTION = "<image>\nWhich colour is it?\nAnswer the question using a single word or phrase."
+_folder = tempfile.TemporaryDirectory(prefix="mcit-published-")  # goes when the test process ends
 RECIPE = """
 name: two
 base_model: {{path: {base}, dtype: float32}}
@@ -72,3 +77,24 @@ def mcit(hub: Hub | None, home: Path, *arguments: str | Path, token: str | None 
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     return done.returncode, done.stdout + done.stderr
+
+
+@cache
+def _finished() -> Path:
+    if "PUB8" in os.environ:
+        return Path(os.environ["PUB8"])  # DEV
+    folder = Path(_folder.name)
+    return finish(write_recipe_file(folder, "two.yaml", ["first", "second"]), folder / "run")
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Path]:
+    """A run of two stages with RegLoRA, made once for all tests of a process; `two.yaml` and its data lie beside it."""
+    before = dict(os.environ)
+    cache = Path(_folder.name) / "cache"
+    if "PUB8" in os.environ:
+        cache = Path("/tmp/pub8/work/cache")  # DEV
+    os.environ |= {"MCIT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    yield _finished()
+    os.environ.clear()
+    os.environ.update(before)

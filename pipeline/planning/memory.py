@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..lineage import target_names
 from ..recipe import ModelConfig, ModulesConfig, Recipe
