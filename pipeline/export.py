@@ -11,6 +11,7 @@ from typing import TypedDict
 from safetensors.torch import load_file, save_file
 
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.prepare import read_samples
 from mcit.eval.cells import load_cell
 from mcit.eval.engines.base import Policy, read_policy
 from mcit.eval.evaluate import choose_probes
@@ -109,6 +110,8 @@ def _compared(recipe: Recipe, run_dir: Path, policy: Policy, folder: Path, diges
     merged = Policy(policy.serving.model_copy(update=update), folder)
     learned = [task for task, first in recipe.learned.items() if first <= policy.serving.stage]
     cells = [load_cell(run_dir, policy.serving.stage, task, recipe.eval) for task in learned]
+    for cell in cells:
+        cell.samples = read_samples(cell.folder, "test")
     probes = choose_probes(cells, recipe.eval.probes)
     scores = transformers_scores([policy, merged], probes, recipe.eval)
     one, other = scores[policy.serving.hash], scores[digest]

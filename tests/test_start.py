@@ -1,4 +1,4 @@
-"""`start_from`: a stream that is cut in two trains as one, wherever the first half lies; and merging a stage's policy."""
+"""`start_from`: a stream that is cut in two trains as one, wherever its first half lies; and merging a policy."""
 
 import json
 import shutil
@@ -157,7 +157,7 @@ def test_a_published_pickle_is_never_read(run, tmp_path):
         place_start(find_start(str(folder)), read_serving(run / "stages" / "00-base"), tmp_path / "base")
 
 
-# --- One model ---------------------------------------------------------------------------------------------------------
+# --- One model --------------------------------------------------------------------------------------------------------
 
 
 def test_a_stage_is_exported_as_one_model(run, tmp_path):
@@ -176,9 +176,9 @@ def test_a_stage_is_exported_as_one_model(run, tmp_path):
         [key] = [key for key in moved if key.endswith(name.split("language_model.")[-1] + ".weight")]
         wanted = (base[key].double() + factors.scaling * factors.b.double() @ factors.a.double()).float()
         assert torch.allclose(merged[key], wanted, atol=1e-7)
-    with pytest.raises(InputError, match="exists. Name a new folder"):
+    with pytest.raises(InputError, match=r"exists\. Name a new folder"):
         export(recipe, run, None, tmp_path / "merged")
-    with pytest.raises(InputError, match="--stage: stage 3 is not done. Done: 1, 2"):
+    with pytest.raises(InputError, match=r"--stage: stage 3 is not done\. Done: 1, 2"):
         export(recipe, run, 3, tmp_path / "other")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["merged"]
 
