@@ -1,6 +1,7 @@
 """The work of a run, counted from recipe and prepared data as training itself counts it."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from mcit.eval.hashing import cache_dir
 
 from ..arguments import split_batch
 from ..batches import GlobalBatchSampler, by_kind, with_images
+from ..collator import Collator
 from ..methods import build_methods
 from ..recipe import Recipe, Stage
 from ..replay import Replays
@@ -57,6 +59,19 @@ class Prepared:
         )
 
 
+class _Trained(TokenCounter):
+    """Counts the tokens that training sees: the dialogue as the collator cuts it, nothing behind the last answer."""
+
+    def __init__(self, processor: Any, folder: Path):
+        task = read_task(folder)
+        super().__init__(processor, read_images(folder), lambda name: image_path(folder, task, name))
+        self.collator = Collator(processor, [], sys.maxsize)
+
+    def _text(self, sample: Sample) -> str:
+        super()._text(sample)  # refuses placeholders
+        return "".join(self.collator.pieces(sample))
+
+
 def prepare(recipe: Recipe, processor: Any) -> Prepared:
     """Prepare the data in the cache, unless it is there, and count tokens. Raises `InputError`."""
     prepared = Prepared({}, {}, {})
@@ -64,10 +79,8 @@ def prepare(recipe: Recipe, processor: Any) -> Prepared:
         asd = None if task in recipe.anchors else recipe.asd
         home = Path(recipe.folder)
         folder = prepare_task(task, recipe.prepare, seed=recipe.seed, asd=asd, base_dir=home, cache=cache_dir())
-        info, images, samples = read_task(folder), read_images(folder), read_samples(folder, "train")
-        counter = TokenCounter(processor, images, lambda name, f=folder, i=info: image_path(f, i, name))  # type: ignore[misc]
-        lengths: dict[str, int] = {}
-        for sample, tokens in counter.each(samples):
+        samples, lengths = read_samples(folder, "train"), dict[str, int]()
+        for sample, tokens in _Trained(processor, folder).each(samples):
             if isinstance(tokens, InputError):
                 raise InputError(str(tokens), where=task.name, field=f"train sample {sample['id']}")
             lengths[sample["id"]] = tokens
