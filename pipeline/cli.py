@@ -44,12 +44,13 @@ def main() -> None:
     """Entry point of the console script."""
     from .child import ChildFailed
     from .preemption import EXIT_CODE, Preempted, preemptible
+    from .redaction import redact
 
     try:
         with preemptible():
             app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
     except ChildFailed as error:
         print(error, file=sys.stderr)

@@ -19,6 +19,7 @@ from mcit.pipeline.orders import SweepConfig, members, resolve_orders
 from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.quantization import check_quantization
 from mcit.pipeline.recipe_yaml import to_yaml
+from mcit.pipeline.redaction import shaped_secrets
 from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
 
@@ -221,6 +222,7 @@ def load_recipe(
     Raises `InputError` with the file and the dotted key of the first thing that is wrong.
     """
     layers = read_layers(name, overrides, with_methods)
+    _check_secrets(layers)
     resolve_orders(layers)
     try:
         recipe = Recipe.model_validate(layers.values, strict=True)
@@ -260,6 +262,16 @@ def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
             field="anchors",
             remedy="List data sets as in a stream: anchors: [{name: general, train: general.jsonl, images: pictures/}]",
         )
+
+
+def _check_secrets(layers: Layers) -> None:
+    """A recipe is copied into runs and logs. Raises `InputError`, without the secret, for one that holds any."""
+    for keys, value in _leaves(layers.values):
+        for what, _ in shaped_secrets(str(value)):
+            remedy = (
+                "Secrets come from the environment (HF_TOKEN, …) or from `hf auth login`. If it was shared, revoke it"
+            )
+            raise InputError(f"holds {what}", where=layers.origin(keys), field=".".join(keys), remedy=remedy)
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -17,12 +17,17 @@ _SHORTEST = 8  # characters: shorter values are settings, and would be found eve
 REDACTED = "[redacted]"
 
 
-def secrets_in(text: str) -> Iterator[tuple[str, int]]:
-    """(what it is, where it starts) of each secret in a text; what the secret is, is not said."""
+def shaped_secrets(text: str) -> Iterator[tuple[str, int]]:
+    """(what it is, where it starts) of each part of a text that looks like a secret; it itself is not said."""
     kinds = list(_SHAPES)
     for match in _SHAPE.finditer(text):
         assert match.lastgroup
         yield kinds[int(match.lastgroup[1:])], match.start()
+
+
+def secrets_in(text: str) -> Iterator[tuple[str, int]]:
+    """The same, and the values of secrets that this process was given."""
+    yield from shaped_secrets(text)
     for variable, value in _given():
         if (start := text.find(value)) >= 0:
             yield f"the value of {variable}", start
