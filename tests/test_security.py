@@ -57,7 +57,7 @@ def test_a_model_s_own_code_is_not_run_unless_it_is_asked_for(hostile):
     serving = Serving(stage=0, name="base", kind="base", base=str(folder), base_hash="h", hash="h")
     assert not serving.trust_remote_code
     for load in (lambda: load_model(base), lambda: load_processor(base), lambda: serving_processor(serving)):
-        with pytest.raises(Exception, match="trust_remote_code|custom code|does not recognize|no processor"):
+        with pytest.raises(Exception, match=r"trust_remote_code|custom code|does not recognize|no processor"):
             load()
         assert not trace.exists()
 

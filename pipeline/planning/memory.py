@@ -132,12 +132,12 @@ def training_memory(
         logits = work.micro_batch * work.completion * shapes.vocabulary * (b + 4)
         at_once = -(-(args.get("generation_batch_size") or train.global_batch_size) // processes)
         cache = at_once * (work.longest + work.completion) * shapes.cache * b
-    weights, optimizer = weight_bytes(shapes, base), trained * _ADAM
+    weights, trained_bytes = weight_bytes(shapes, base), float(trained * _ADAM)
     if mode in ("zero2", "zero3"):
-        optimizer = trained * (_ADAM - 12 + 12 / processes)
+        trained_bytes = trained * (_ADAM - 12 + 12 / processes)
     if mode == "zero3":
         weights /= processes
-    return Memory(weights, optimizer, past * shapes.adapted * b, activations, logits, cache)
+    return Memory(weights, trained_bytes, past * shapes.adapted * b, activations, logits, cache)
 
 
 def engine_memory(recipe: Recipe, shapes: Shapes, ranks: Sequence[int], longest: int) -> EngineMemory:

@@ -88,7 +88,7 @@ def _commit(api: HfApi, repo_id: str, kind: str, tree: Tree, managed: set[str], 
             for file in api.list_repo_tree(repo_id, repo_type=kind, recursive=True)
             if isinstance(file, RepoFile)
         }
-        operations = [
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
             *(CommitOperationDelete(path) for path in sorted(managed & there - tree.keys())),
             *(CommitOperationAdd(path, content) for path, content in sorted(tree.items())),
         ]
