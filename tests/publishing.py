@@ -81,8 +81,6 @@ def mcit(hub: Hub | None, home: Path, *arguments: str | Path, token: str | None 
 
 @cache
 def _finished() -> Path:
-    if "PUB8" in os.environ:
-        return Path(os.environ["PUB8"])  # DEV
     folder = Path(_folder.name)
     return finish(write_recipe_file(folder, "two.yaml", ["first", "second"]), folder / "run")
 
@@ -92,8 +90,6 @@ def run() -> Iterator[Path]:
     """A run of two stages with RegLoRA, made once for all tests of a process; `two.yaml` and its data lie beside it."""
     before = dict(os.environ)
     cache = Path(_folder.name) / "cache"
-    if "PUB8" in os.environ:
-        cache = Path("/tmp/pub8/work/cache")  # DEV
     os.environ |= {"MCIT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     yield _finished()
     os.environ.clear()
