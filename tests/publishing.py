@@ -89,8 +89,7 @@ def _finished() -> Path:
 def run() -> Iterator[Path]:
     """A run of two stages with RegLoRA, made once for all tests of a process; `two.yaml` and its data lie beside it."""
     before = dict(os.environ)
-    cache = Path(_folder.name) / "cache"
-    os.environ |= {"MCIT_CACHE": str(cache), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    os.environ |= {"MCIT_CACHE": str(Path(_folder.name) / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     yield _finished()
     os.environ.clear()
     os.environ.update(before)

@@ -19,10 +19,17 @@ from safetensors.numpy import save_file
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.config import EvalConfig
+from mcit.eval.engines import make_engine
+from mcit.eval.engines.base import Policy, Request
+from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.results import read_results
+from mcit.eval.serving import read_serving
+from mcit.pipeline.orders import members
 from mcit.pipeline.publishing.config import PublishConfig
-from mcit.pipeline.publishing.files import gather
+from mcit.pipeline.publishing.files import gather, write_trees
 from mcit.pipeline.publishing.hub import send
+from mcit.pipeline.publishing.private import Private
 from mcit.pipeline.recipe import load_recipe
 
 __all__ = ["run"]  # a fixture
@@ -357,6 +364,20 @@ def test_a_secret_in_the_header_of_weights_or_a_setting_is_found(run, monkeypatc
     assert isinstance(told, bytes) and b"10.1.2.3" not in told and b"judge" not in told and b"not published" in told
 
 
+def test_of_the_home_folder_only_what_lies_in_it_is_private(run, monkeypatch):
+    """Vocabularies hold `/root` and `/home`; a policy's tokenizer must not be refused for them."""
+    monkeypatch.setenv("HOME", "/root")
+    private = Private(load_recipe(run, check_methods=False), run, PublishConfig(repo_id=REPO))
+    assert [what for what, _ in private.found('"/root": 5, "/rooted/x": 6')] == []
+    assert [what for what, _ in private.found("in /root/work")] == ["a path of this machine"]
+
+
+def test_the_runs_of_a_sweep_are_published_by_their_own_names():
+    recipe = load_recipe("mini/sequential", [f"publish={{repo_id: {REPO}}}", "sweep.seed=[0, 1]"])
+    published = [member.recipe.publish for member in members(recipe)]
+    assert [config and config.repo_id for config in published] == [f"{REPO}-seed-0", f"{REPO}-seed-1"]
+
+
 @pytest.mark.parametrize("kind", ["pickle", "link", "disguise"])
 def test_pickles_and_links_are_refused(run, tmp_path, kind):
     folder = run / "stages" / "02-second" / "method"
@@ -400,3 +421,33 @@ def test_bad_settings_are_one_line(run, tmp_path, options, line):
     code, said = mcit(None, tmp_path, "publish", run, "--repo-id", REPO, *options)
     assert code == 2 and said.splitlines()[-1].startswith("error: ") and line in said.splitlines()[-1]
     assert mcit(None, tmp_path, "publish", run)[1].startswith("error: two: publish: is missing. Give --repo-id")
+
+
+# --- Served -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_vllm_serves_what_was_published_as_transformers_does(run, tmp_path):
+    pytest.importorskip("vllm")
+    write_trees(gather(load_recipe(run, check_methods=False), run, PublishConfig(repo_id=REPO)), tmp_path / "dry")
+    config = EvalConfig(max_model_len=128)
+    policies = []
+    for tag in TAGS:
+        serving = read_serving(run / "stages" / tag.removeprefix("stage-"))
+        policies.append(Policy(serving.model_copy(update={"path": "."}), tmp_path / "dry" / tag))
+    images = [
+        run / "data" / "first" / image for image in read_jsonl(run / "data" / "first" / "test.jsonl")[0]["images"]
+    ]
+    question = [{"role": "user", "content": "Which colour is it?"}]
+    requests = [Request(question, images, policy, "red") for policy in policies]
+    reference = TransformersEngine(policies, config)
+    wanted = reference.logprobs(requests)
+    reference.close()
+    engine = make_engine(policies, config.model_copy(update={"engine": "vllm"}), 1)
+    try:
+        found = engine.logprobs(requests)
+    finally:
+        engine.close()
+    assert found[0].logprobs != found[1].logprobs
+    for one, other in zip(found, wanted, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)

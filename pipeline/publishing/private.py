@@ -35,8 +35,11 @@ class Private:
         told = {f"hub:{hub_id}" for hub_id in config.datasets.values()}
         for name in _data_names(recipe, told):
             self._places.setdefault(name, "the name of private data")
+        # `/root` alone is a word of many vocabularies: of the home folder, only what lies in it tells something.
+        ends = {str(Path.home()): "(?=/.)"}
         known = sorted(self._places, key=len, reverse=True)
-        self._pattern = re.compile("|".join(rf"(?<![\w.-]){re.escape(place)}(?![\w-])" for place in known))
+        every = (rf"(?<![\w.-]){re.escape(place)}{ends.get(place, r'(?![\w-])')}" for place in known)
+        self._pattern = re.compile("|".join(every))
 
     def found(self, text: str) -> Iterator[tuple[str, int]]:
         """(what it is, where it starts) of everything in `text` that must not be told. Never the thing itself."""
