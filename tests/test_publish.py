@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.cells import load_cell
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import make_engine
 from mcit.eval.engines.base import Policy, Request
@@ -435,9 +436,8 @@ def test_vllm_serves_what_was_published_as_transformers_does(run, tmp_path):
     for tag in TAGS:
         serving = read_serving(run / "stages" / tag.removeprefix("stage-"))
         policies.append(Policy(serving.model_copy(update={"path": "."}), tmp_path / "dry" / tag))
-    images = [
-        run / "data" / "first" / image for image in read_jsonl(run / "data" / "first" / "test.jsonl")[0]["images"]
-    ]
+    data = run / "data" / "first"
+    images = load_cell(run, 1, "first", config).request(read_jsonl(data / "test.jsonl")[0]).images
     question = [{"role": "user", "content": "Which colour is it?"}]
     requests = [Request(question, images, policy, "red") for policy in policies]
     reference = TransformersEngine(policies, config)

@@ -38,7 +38,7 @@ class Private:
         # `/root` alone is a word of many vocabularies: of the home folder, only what lies in it tells something.
         ends = {str(Path.home()): "(?=/.)"}
         known = sorted(self._places, key=len, reverse=True)
-        every = (rf"(?<![\w.-]){re.escape(place)}{ends.get(place, r'(?![\w-])')}" for place in known)
+        every = (r"(?<![\w.-])" + re.escape(place) + ends.get(place, r"(?![\w-])") for place in known)
         self._pattern = re.compile("|".join(every))
 
     def found(self, text: str) -> Iterator[tuple[str, int]]:
