@@ -10,6 +10,7 @@ import torch
 from hub import READ
 from publishing import finish, mcit, run, write_recipe_file
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
@@ -199,3 +200,33 @@ def test_a_merge_is_rounded_once(run, tmp_path):
         [key] = [key for key in base if key.endswith(name.split("language_model.")[-1] + ".weight")]
         once = (base[key].bfloat16().float() + factors.delta()).bfloat16()
         assert torch.equal(merged[key], once)
+
+
+def test_a_merged_policy_is_published_as_a_model_and_the_card_says_so(run, tmp_path):
+    """As MoExtend leaves one: here the second stage, merged, in the place of its adapter."""
+    recipe, copy = load_recipe(run, check_methods=False), tmp_path / "run"
+    shutil.copytree(run / "stages", copy / "stages")
+    shutil.copytree(run / "report", copy / "report")
+    stage = copy / "stages" / "02-second"
+    exported = export(recipe, run, 2, stage / "merged")
+    serving = read_json(stage / "serving.json")
+    update = {"kind": "merged", "path": "merged", "rank": None, "hash": exported["hash"]}
+    write_json(stage / "serving.json", serving | update)
+    results = read_json(run / "results.json")
+    results["hashes"]["policies"][2] = exported["hash"]
+    write_json(copy / "results.json", results)
+    publication = gather(recipe, copy, PublishConfig(repo_id="acme/two"))
+    write_trees(publication, tmp_path / "dry")
+    first, second = (tmp_path / "dry" / revision.tag for revision in publication.revisions)
+    assert (first / "adapter_model.safetensors").exists() and not (second / "adapter_model.safetensors").exists()
+    card = (second / "README.md").read_text()
+    assert "library_name: transformers" in card and "The stages stage-02-second are" in card
+    assert "whole merged models" in card and "PeftModel" not in card
+    model = AutoModelForImageTextToText.from_pretrained(second, dtype=torch.float32)
+    whole = load_file(stage / "merged" / "model.safetensors")
+    state = model.state_dict()
+    assert all(any(torch.equal(tensor, other) for other in state.values()) for tensor in list(whole.values())[:5])
+    start = find_start(str(second))
+    base = read_serving(run / "stages" / "00-base")
+    placed = place_start(start, base, tmp_path / "base")
+    assert (placed.kind, placed.path, placed.hash) == ("merged", "merged", exported["hash"])
