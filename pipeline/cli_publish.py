@@ -39,6 +39,9 @@ def publish(
     if recipe.publish is None:
         remedy = "Give --repo-id owner/name, or a section publish: {repo_id: …} in the recipe"
         raise InputError("is missing", where=recipe.name, field="publish", remedy=remedy)
+    if recipe.sweep:
+        remedy = "Name the folder of one of its runs; with `publish:` in the recipe, `mcit run` publishes them all"
+        raise InputError("is a sweep", where=run, remedy=remedy)
     terminal = Terminal()
     if dry_run is not None:
         write_trees(gather(recipe, run, recipe.publish), dry_run)

@@ -8,6 +8,7 @@ from typing import NamedTuple, TypedDict
 from mcit.data_prep.errors import InputError
 from mcit.eval.hashing import hash_model
 
+from ..orders import members
 from ..recipe import Recipe
 from ..start import find_start
 from ..step import Launch
@@ -105,6 +106,8 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     answer_seconds = round(pace.seconds(asked.answers), 1) if pace else None
     total = sum(time for time in times if time is not None) + (answer_seconds or 0.0)
     notes.append(f"answers: {_basis(pace, 'answers')}")
+    if recipe.sweep:
+        notes.append(f"all figures are of one of the sweep's {len(list(members(recipe)))} runs")
     if recipe.method:
         notes.append(f"memory and disk of {', '.join(recipe.method)} come on top: docs/methods.md")
     space = {

@@ -50,6 +50,7 @@ def model_card(recipe: Recipe, results: Results, revisions: "list[Revision]", co
         lineages=list(dict.fromkeys(stage.train.lineage for stage in recipe.stages)),
         paradigms=list(paradigms),
         license=config.license,
+        quantization=recipe.base_model.quantization,
         score=_score,
         vllm_rank=_vllm_rank,
     )
