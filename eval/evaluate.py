@@ -91,7 +91,7 @@ def _evaluate_group(cells: Sequence[Cell], config: EvalConfig, cache: Path) -> N
 
     start = time.monotonic()
     policies = list({cell.policy.serving.hash: cell.policy for cell in cells}.values())
-    probes = _probes(cells, config.probes)
+    probes = choose_probes(cells, config.probes)
     max_images = max(len(sample["images"]) for cell in cells for sample in cell.samples)
     reference = _reference(policies, probes, config)
     engine = make_engine(policies, config, max_images, say=_say)
@@ -104,7 +104,7 @@ def _evaluate_group(cells: Sequence[Cell], config: EvalConfig, cache: Path) -> N
         engine.close()
 
 
-def _probes(cells: Sequence[Cell], count: int) -> list[Request]:
+def choose_probes(cells: Sequence[Cell], count: int) -> list[Request]:
     """The same `count` questions for every policy, spread over the tasks."""
     by_task = {cell.task["name"]: cell for cell in cells}
     ordered = [

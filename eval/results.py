@@ -39,7 +39,9 @@ class StageInfo(TypedDict):
     """A row of the matrix. Stage 0 is the untouched base."""
 
     k: int
-    name: str  # "base", or the names of its tasks joined by "+": the folder is stages/<kk>-<name>
+    # "base" ("start", if the run goes on from another: then, too, the folder is stages/00-base), or the names of its
+    # tasks joined by "+": the folder is stages/<kk>-<name>
+    name: str
     tasks: list[str]
 
 
@@ -129,6 +131,8 @@ def assemble_results(
     run_dir = Path(run_dir)
     rows: list[StageInfo] = [{"k": 0, "name": "base", "tasks": []}, *stages]
     folders = [run_dir / "stages" / f"{stage['k']:02d}-{stage['name']}" for stage in rows]
+    if (folders[0] / "serving.json").exists():
+        rows[0]["name"] = read_serving(folders[0]).name  # "start", where the run goes on from another
     policies = [read_serving(folder).hash if (folder / "serving.json").exists() else None for folder in folders]
     tasks = {task: read_task(run_dir / "data" / task) for task in (*learned, *general)}
 

@@ -20,7 +20,7 @@ class Serving(Config):
     """
 
     stage: int = Field(ge=0)
-    name: str  # "base", or the stage's task names joined by "+"
+    name: str  # "base", "start" (what a run goes on from, in the base's place), or the stage's task names joined by "+"
     kind: Literal["base", "adapter", "merged"]
     base: str
     revision: str | None = None

@@ -14,6 +14,7 @@ from typing import IO
 from mcit.data_prep.errors import InputError
 
 from .preemption import deaf_children
+from .redaction import redact
 
 # Reads the child's process group, then waits for a second line that says the child has ended. If this process dies
 # first, by whatever signal, the pipe closes instead: the group is asked to stop, and killed if it does not.
@@ -108,12 +109,24 @@ def _without_launcher(lines: list[str]) -> list[str]:
 
 
 def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
-    """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`."""
+    """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`.
+
+    Secrets go nowhere.
+    """
     rest = b""
     while chunk := os.read(stream.fileno(), 65536):
-        log.write(chunk)
+        whole = rest + chunk
+        end = max(whole.rfind(b"\n"), whole.rfind(b"\r")) + 1
+        rest = whole[end:]
+        yield from _logged(whole[:end], log)
+    yield from _logged(rest, log)
+
+
+def _logged(data: bytes, log: IO[bytes]) -> Iterator[str]:
+    """Write whole lines to `log`, and give them."""
+    text = data.decode(errors="surrogateescape")
+    if clean := redact(text):
+        log.write(clean.encode(errors="surrogateescape"))
         log.flush()
-        *lines, rest = _LINE_END.split(rest + chunk)
-        yield from (line.decode(errors="replace").rstrip() for line in lines if line.strip())
-    if rest.strip():
-        yield rest.decode(errors="replace").rstrip()
+    lines = _LINE_END.split(clean.encode(errors="surrogateescape"))
+    yield from (line.decode(errors="replace").rstrip() for line in lines if line.strip())

@@ -10,7 +10,7 @@ import typer
 
 from mcit.data_prep.errors import InputError
 
-from . import cli_data, cli_runs, cli_tools
+from . import cli_data, cli_plan, cli_publish, cli_runs, cli_tools
 
 app = typer.Typer(
     help="Continual instruction tuning of vision-language models: tune task after task, measure what was forgotten.",
@@ -24,6 +24,9 @@ app.command()(cli_runs.prepare)
 app.command()(cli_runs.train)
 app.command("eval")(cli_runs.evaluate)
 app.command()(cli_runs.report)
+app.command()(cli_plan.plan)
+app.command()(cli_publish.publish)
+app.command()(cli_publish.export)
 app.command()(cli_runs.submit)
 app.command()(cli_runs.cancel)
 app.command()(cli_runs.status)
@@ -41,12 +44,13 @@ def main() -> None:
     """Entry point of the console script."""
     from .child import ChildFailed
     from .preemption import EXIT_CODE, Preempted, preemptible
+    from .redaction import redact
 
     try:
         with preemptible():
             app()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redact(str(error))}", file=sys.stderr)
         sys.exit(2)
     except ChildFailed as error:
         print(error, file=sys.stderr)

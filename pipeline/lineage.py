@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mcit.data_prep.errors import InputError
 
-from .adapters import Adapter, concat, live_adapter, load_adapter, lora_layers, negate, pattern, rank
+from .adapters import Adapter, Factors, concat, live_adapter, load_adapter, lora_layers, negate, pattern, rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -124,12 +124,28 @@ def leave(model: PeftModel, previous: Path | None, train: "TrainConfig") -> tupl
     return (concat([past, trained]) if past else delta), delta
 
 
-def stack(model: nn.Module, past: Adapter) -> None:
+def stack(model: "PreTrainedModel", past: Adapter) -> None:
     """Put the frozen past beside the weights of `model`, which stay as they are."""
     for name, factors in concat([past]).items():
         parent, _, leaf = name.rpartition(".")
         linear = _linear(model, name)
-        setattr(model.get_submodule(parent), leaf, PastLinear(linear, factors.a, factors.b))
+        if linear.weight.is_floating_point():
+            setattr(model.get_submodule(parent), leaf, PastLinear(linear, factors.a, factors.b))
+        else:
+            _stack_beside(linear, factors, model.dtype)
+
+
+def _stack_beside(linear: nn.Linear, factors: Factors, dtype: torch.dtype) -> None:
+    """The same for a layer whose weight is quantised, so that only it knows how to multiply with it."""
+    device = linear.weight.device
+    linear.register_buffer("past_a", factors.a.to(device, dtype), persistent=False)  # [R, in]
+    linear.register_buffer("past_b", factors.b.to(device, dtype), persistent=False)  # [out, R]
+
+    def add_past(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        past_a, past_b = module.get_buffer("past_a"), module.get_buffer("past_b")
+        return output + F.linear(F.linear(args[0].to(dtype), past_a), past_b).to(output.dtype)
+
+    linear.register_forward_hook(add_past)
 
 
 @torch.no_grad()

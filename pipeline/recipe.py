@@ -17,7 +17,10 @@ from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
 from mcit.pipeline.orders import SweepConfig, members, resolve_orders
 from mcit.pipeline.probes import resolve_general
+from mcit.pipeline.publishing.config import PublishConfig
+from mcit.pipeline.quantization import check_quantization
 from mcit.pipeline.recipe_yaml import to_yaml
+from mcit.pipeline.redaction import shaped_secrets
 from mcit.pipeline.refusals import refusal
 from mcit.pipeline.schedule import RecurConfig
 
@@ -32,6 +35,7 @@ class ModelConfig(Config):
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"  # of the frozen base while it is trained on; it is served in `dtype`
     processor: dict[str, Any] = Field(default_factory=dict)  # e.g. {min_pixels: …, max_pixels: …}
     trust_remote_code: bool = False
 
@@ -131,6 +135,8 @@ class Recipe(Config):
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    start_from: str | None = None  # a run, a stage's folder, or hub:owner/name@revision: row 0 in the base's place
+    publish: PublishConfig | None = None  # the last step: on the Hub
     sweep: SweepConfig | None = None  # run several times, under other seeds and orders of the tasks
     folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for
 
@@ -217,6 +223,7 @@ def load_recipe(
     Raises `InputError` with the file and the dotted key of the first thing that is wrong.
     """
     layers = read_layers(name, overrides, with_methods)
+    _check_secrets(layers)
     resolve_orders(layers)
     resolve_general(layers)
     try:
@@ -240,12 +247,14 @@ def load_recipe(
 
 def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
     """Check and write out the methods, in place; anchor samples that none of them asks for are left out."""
-    keeps = set[str]()
+    keeps, carriers, stages = set[str](), set[str](), list(stages)
     if recipe.method:
         from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
 
         recipe.method = expand(recipe.method)
-        keeps = {method.keeps for stage in stages for method in build_methods(recipe.method, stage.train)}
+        methods = [method for stage in stages for method in build_methods(recipe.method, stage.train)]
+        keeps, carriers = {m.keeps for m in methods}, {m.name for m in methods if m.carries}
+    check_quantization(recipe, {stage.train.lineage for stage in stages}, carriers)
     if "general data" not in keeps:
         recipe.anchors = []
     elif not recipe.anchors:
@@ -255,6 +264,16 @@ def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
             field="anchors",
             remedy="List data sets as in a stream: anchors: [{name: general, train: general.jsonl, images: pictures/}]",
         )
+
+
+def _check_secrets(layers: Layers) -> None:
+    """A recipe is copied into runs and logs. Raises `InputError`, without the secret, for one that holds any."""
+    for keys, value in _leaves(layers.values):
+        for what, _ in shaped_secrets(str(value)):
+            remedy = (
+                "Secrets come from the environment (HF_TOKEN, …) or from `hf auth login`. If it was shared, revoke it"
+            )
+            raise InputError(f"holds {what}", where=layers.origin(keys), field=".".join(keys), remedy=remedy)
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .arguments import split_batch
 from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
+from .start import pin_start
 from .status import write_status
 from .step import Launch, Step
 from .steps import Run
@@ -55,6 +56,8 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
     _check_batches(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
+    if recipe.start_from is not None:
+        recipe.start_from = pin_start(recipe.start_from, (before or {}).get("start_from"))
     return before
 
 
@@ -183,6 +186,8 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
+    if step.name == "publish":
+        return [marker["address"], *marker["notes"]]
     if step.name.startswith("evaluate"):
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

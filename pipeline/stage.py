@@ -37,9 +37,11 @@ from .collator import Collator
 from .during import During, choose_probes
 from .lineage import enter, freeze, leave
 from .methods import Method, build_methods
+from .quantization import keep_trainable, quantised_options
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .replay import Replays
 from .schedule import trained_in
+from .start import stages_behind
 from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
 from .zero3 import keep_whole
 
@@ -167,7 +169,7 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
-    seed = (recipe.seed * 1_000_003 + k) % 2**31
+    seed = (recipe.seed * 1_000_003 + stages_behind(stages / "00-base") + k) % 2**31
     set_seed(seed)
     model, processor = load_model(recipe.base_model), load_processor(recipe.base_model)
     if not torch.cuda.is_available() and model.num_parameters() < _TINY:
@@ -256,13 +258,17 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
 
 
 def load_model(base: ModelConfig) -> Any:
-    """The untouched base model, on the CPU, in the recipe's dtype."""
-    return AutoModelForImageTextToText.from_pretrained(
+    """The untouched base model in the recipe's dtype: on the CPU, or, quantised, on the process's device."""
+    model = AutoModelForImageTextToText.from_pretrained(
         base.path,
         revision=base.revision,
         trust_remote_code=base.trust_remote_code,
+        use_safetensors=True,  # never a pickle
         dtype=getattr(torch, base.dtype),
+        **quantised_options(base),
     )
+    keep_trainable(model)
+    return model
 
 
 def load_processor(base: ModelConfig) -> Any:

@@ -38,8 +38,8 @@ def run_status(run: Run, rows: Iterable[int] = ()) -> Status:
     steps: list[StepStatus] = []
     for step in run.steps(rows):
         owner = holder(run.lock(step))
-        # Results and report can be had of what there is; they are not done before everything else is.
-        early = step.name in ("results", "report") and any(before["state"] == "left" for before in steps)
+        # Results, report and publication can be had of what there is; they are not done before everything else is.
+        early = step.name in ("results", "report", "publish") and any(before["state"] == "left" for before in steps)
         marker = None if owner or early else step.done()
         state: State = "running" if owner else "done" if marker else "left"
         seconds = marker["seconds"] if marker else None

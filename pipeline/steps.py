@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mcit.data_prep.checks import fit_task
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import hash_files, hash_json, read_json, replace_link, write_json
+from mcit.data_prep.files import hash_json, read_json, replace_link, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
 from mcit.data_prep.schema import PreparedTask, TaskConfig
 from mcit.eval.cells import load_cell, needed_cells
@@ -27,6 +27,7 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 from .child import run_child
 from .locks import locked
 from .recipe import Recipe, Stage, dump_recipe, write_recipe
+from .start import find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
 
@@ -39,7 +40,15 @@ class Run:
     def steps(self, rows: Iterable[int] = ()) -> list[Step]:
         """All steps in order; the stages `rows` are evaluated by themselves before what is left of them is."""
         alone = [self.evaluate(row=k) for k in rows]
-        return [*self.preparation(), *self.training(), *alone, self.evaluate(), self.results(), self.report()]
+        return [
+            *self.preparation(),
+            *self.training(),
+            *alone,
+            self.evaluate(),
+            self.results(),
+            self.report(),
+            *self.publication(),
+        ]
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
@@ -118,19 +127,24 @@ class Run:
         return Step(f"prepare/{task.name}", f"prepare {task.name}", marker, there, inputs, work, again=True)
 
     def base(self) -> Step:
-        """Row 0: how the untouched base model is served, and its hash."""
-        model, folder = self.recipe.base_model, self.stage_dir(0)
+        """Row 0: how the untouched base model is served, and its hash; or the policy that the run starts from."""
+        model, folder, start = self.recipe.base_model, self.stage_dir(0), self.recipe.start_from
 
         def inputs() -> Facts:
             # A Hub id comes with the commit that the run began with, so only a folder can change below us.
-            return model.model_dump() | ({"hash": hash_model(model.path)} if Path(model.path).is_dir() else {})
+            local = {"hash": hash_model(model.path)} if Path(model.path).is_dir() else {}
+            return model.model_dump(exclude={"quantization"}) | local | (start_inputs(start, folder) if start else {})
 
         def work(show: Show, lock: int) -> Facts:
             digest = hash_model(model.path, model.revision)
-            settings = model.model_dump(exclude={"path"})
+            settings = model.model_dump(exclude={"path", "quantization"})
             row0 = Serving(
                 stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
             )
+            if start:
+                row0 = place_start(find_start(start), row0, folder)
+            else:
+                forget_start(folder)
             write_serving(folder, row0)
             for k in range(1, len(self.recipe.stages) + 1):  # the same model may lie elsewhere by now
                 if (self.stage_dir(k) / "serving.json").exists():
@@ -138,7 +152,7 @@ class Run:
                     if serving.base_hash == digest:
                         moved = {"base": model.path, "revision": model.revision}
                         write_serving(self.stage_dir(k), serving.model_copy(update=moved))
-            return {"policy": digest, "state": None}
+            return {"policy": row0.hash, "state": state_hash(sorted((folder / "method").glob("*")))}
 
         return Step("base", "base model", folder / "done.json", (folder / "serving.json").exists, inputs, work)
 
@@ -159,6 +173,7 @@ class Run:
                 return None
             return {
                 "policy": row0["policy"],
+                **({"state": row0["state"]} if row0["state"] else {}),
                 "processor": recipe.base_model.processor,
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
@@ -190,7 +205,8 @@ class Run:
                 notes += check_gold(folder)
                 replace_link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
-            return {"policy": row0.hash, "state": None, "longest": longest, "notes": notes}
+            state = state_hash(sorted((self.stage_dir(0) / "method").glob("*")))
+            return {"policy": row0.hash, "state": state, "longest": longest, "notes": notes}
 
         return Step("check", "check samples", self._marker("check"), there, inputs, work)
 
@@ -208,6 +224,7 @@ class Run:
             tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
             anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
             other = "rft" if stage.train.paradigm == "sft" else "sft"
+            behind, quantization = stages_behind(self.stage_dir(0)), recipe.base_model.quantization
             return {
                 "stage": stage.k,
                 "train": stage.train.model_dump(exclude={other}),
@@ -218,7 +235,9 @@ class Run:
                 **({"anchors": anchors} if anchors else {}),
                 **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
                 "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
-                "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
+                **({"behind": behind} if behind else {}),
+                **({"quantization": quantization} if quantization != "none" else {}),
+                "policy": row0.base_hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
                 # Part of what a stage makes, since nobody can look into its training afterwards.
                 **({"during": during.model_dump() | {"test": self._test_hashes(seen)}} if during else {}),
@@ -229,10 +248,9 @@ class Run:
                 if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
             self._train(stage, step.file_name, show, lock)
-            state = [path for path in (folder / "method").rglob("*") if path.is_file()]
             return {
                 "policy": read_serving(folder).hash,
-                "state": hash_files(state, folder) if state else None,
+                "state": state_hash(sorted((folder / "method").glob("*"))),
                 "trained": read_json(folder / "trained.json"),
             }
 
@@ -312,9 +330,10 @@ class Run:
     def results(self) -> Step:
         """RUN/results.json, gathered from the markers."""
         recipe, path = self.recipe, self.dir / "results.json"
+        scored = {key: value for key, value in dump_recipe(recipe).items() if key != "publish"}
 
         def inputs() -> Facts | None:
-            return {"recipe": dump_recipe(recipe)} if self.check().done() else None
+            return {"recipe": scored} if self.check().done() else None
 
         def work(show: Show, lock: int) -> Facts:
             results = assemble_results(
@@ -325,7 +344,7 @@ class Run:
                 stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
                 learned=recipe.learned,
                 general=[task.name for task in recipe.eval.general],
-                recipe_hash=hash_json(dump_recipe(recipe)),
+                recipe_hash=hash_json(scored),
             )
             if not path.exists() or read_json(path) != results:
                 write_results(self.dir, results)
@@ -348,6 +367,25 @@ class Run:
 
         page = self.dir / "report" / "index.html"
         return Step("report", "report", self._marker("report"), page.exists, inputs, work)
+
+    def publication(self) -> list[Step]:
+        """The last step, on the Hub, if the recipe has it."""
+        config = self.recipe.publish
+        if config is None:
+            return []
+
+        def inputs() -> Facts | None:
+            results, report = self.results().done(), self.report().done()
+            return {"results": results["hash"], "publish": config.model_dump()} if results and report else None
+
+        def work(show: Show, lock: int) -> Facts:
+            from .publishing.files import gather  # here: needs the Hub's client
+            from .publishing.hub import readable_token, send
+
+            address, warning = send(gather(self.recipe, self.dir, config), show), readable_token()
+            return {"address": address, "notes": [warning] if warning else []}
+
+        return [Step("publish", f"publish {config.repo_id}", self._marker("publish"), lambda: True, inputs, work)]
 
     def task(self, name: str) -> PreparedTask:
         """What is known of a prepared task."""

@@ -201,7 +201,7 @@ class _Counters:
 
         if not Path(model.path).is_dir():
             hub_commit(model.path, model.revision)
-        settings = model.model_dump(exclude={"path"})
+        settings = model.model_dump(exclude={"path", "quantization"})
         row0 = Serving(stage=0, name="base", kind="base", base=model.path, base_hash="", hash="", **settings)
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code

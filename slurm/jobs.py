@@ -52,7 +52,10 @@ def jobs_of(run: Run, training: Sequence[str]) -> list[Job]:
             jobs.append(_evaluation(run, stage.k))
     last = (run.evaluate(), run.results(), run.report())
     evaluations = tuple(job.name for job in jobs if job.kind == "eval")
-    return [*jobs, Job("report", "report", "results and report", 'eval "$run"', evaluations, last)]
+    jobs.append(Job("report", "report", "results and report", 'eval "$run"', evaluations, last))
+    if publication := run.publication():
+        jobs.append(Job("publish", "report", publication[0].title, 'publish "$run"', ("report",), tuple(publication)))
+    return jobs
 
 
 def _evaluation(run: Run, k: int) -> Job:

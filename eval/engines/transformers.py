@@ -57,6 +57,7 @@ class TransformersEngine:
             first.model,
             revision=first.revision,
             trust_remote_code=first.serving.trust_remote_code,
+            use_safetensors=True,  # never a pickle
             dtype=getattr(torch, first.serving.dtype),
         )
         # The model's own generation defaults (a repetition penalty, a temperature) would change greedy answers.

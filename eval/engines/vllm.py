@@ -103,6 +103,7 @@ class VllmEngine:
                 revision=first.revision,
                 tokenizer_revision=serving.revision,
                 trust_remote_code=serving.trust_remote_code,
+                load_format="safetensors",  # never a pickle
                 dtype=serving.dtype,
                 mm_processor_kwargs=serving.processor or None,
                 limit_mm_per_prompt={"image": max_images, "video": 0},
