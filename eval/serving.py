@@ -15,8 +15,9 @@ class Serving(Config):
 
     `base`: the untouched base model as given in the recipe (a folder or a Hub id) and its `revision` and `dtype`.
     `kind`: `base` (row 0), `adapter` (a LoRA in `path`, on the untouched base) or `merged` (a whole model in `path`).
-    `path` is relative to the folder of `serving.json`. `hash` is the SHA-256 of what is served (adapter or model files,
-    or the base's own hash): predictions are keyed by it, and the adapter's name in vLLM comes from it.
+    `path` is relative to the folder of `serving.json`, as is `carried`: the adapter that the next stage goes on from,
+    where a method has something else evaluated (a merge, an average). `hash` is the SHA-256 of what is served (adapter
+    or model files, or the base's own hash): predictions are keyed by it, and the adapter's name in vLLM comes from it.
     """
 
     stage: int = Field(ge=0)
@@ -28,6 +29,7 @@ class Serving(Config):
     processor: dict[str, Any] = Field(default_factory=dict)  # e.g. min_pixels, max_pixels
     trust_remote_code: bool = False
     path: str | None = None
+    carried: str | None = None
     rank: int | None = None
     base_hash: str
     hash: str

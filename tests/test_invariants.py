@@ -32,7 +32,10 @@ from mcit.pipeline.recipe import ModulesConfig, load_recipe
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "ewc": {"weight": 0.1, "samples": 8},
     "gere": {"per_batch": 3, "weight": 1},
+    "l2": {"weight": 0.1},
+    "mas": {"weight": 0.01, "samples": 8},
     "moextend": {"experts": 2, "layers": [1]},
     "reglora": {"weight": 100},
 }
@@ -151,18 +154,24 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         )
 
     @cache
-    def first(method: str) -> Trained:
+    def first(method: str, lineage: str) -> Trained:
         run = tmp_path_factory.mktemp("first")
         link(prepared[0], run, "00-base")
-        return run_one(run, 1, "sft", *keys(method, "stack", "sft"), *TEACH)
+        return run_one(run, 1, "sft", *keys(method, lineage, "sft"), *TEACH)
 
     @cache
     def second(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
-        one, run = first(method), tmp_path_factory.mktemp("second")
+        one, run = first(method, first_lineage(method)), tmp_path_factory.mktemp("second")
         link(one.folder.parents[1], run, "00-base", "01-colour")
         return [one, run_one(run, 2, paradigm, *keys(method, lineage, paradigm), *overrides)]
 
     return lambda section, *rest: second(json.dumps(section), *rest)
+
+
+def first_lineage(method: str) -> str:
+    """Of stage 1, which is the same in all but its name; one that the methods have."""
+    allowed = [METHODS[name].lineages for name in json.loads(method)]
+    return next(lineage for lineage in ("stack", "continue", "independent") if all(lineage in has for has in allowed))
 
 
 def keys(method: str, lineage: str, paradigm: str) -> list[str]:
@@ -265,7 +274,7 @@ def test_two_processes_are_one(train: Train, prepared: tuple[Path, Path], tmp_pa
         if state:
             loaded = load_file(together / "method" / f"{method}.safetensors")
             assert loaded.keys() == state.keys()
-            close = {key: torch.isclose(loaded[key].float(), value.float(), 0, 1e-5) for key, value in state.items()}
+            close = {key: torch.isclose(loaded[key].float(), value.float(), 1e-3, 1e-5) for key, value in state.items()}
             equal = [mask.float().mean().item() for mask in close.values()]
             assert min(equal) > 0.99  # what a threshold decides may swap
 

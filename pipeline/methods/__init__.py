@@ -11,7 +11,11 @@ from mcit.data_prep.errors import InputError
 
 from .asd import Asd
 from .base import Method, StepView
+from .ewc import Ewc
 from .gere import Gere
+from .l2 import L2
+from .lwf import Lwf
+from .mas import Mas
 from .moextend import MoExtend
 from .reglora import RegLora
 
@@ -20,7 +24,16 @@ if TYPE_CHECKING:
 
 __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
 
-METHODS: dict[str, type[Method]] = {"asd": Asd, "gere": Gere, "moextend": MoExtend, "reglora": RegLora}
+METHODS: dict[str, type[Method]] = {
+    "asd": Asd,
+    "ewc": Ewc,
+    "gere": Gere,
+    "l2": L2,
+    "lwf": Lwf,
+    "mas": Mas,
+    "moextend": MoExtend,
+    "reglora": RegLora,
+}
 
 # Names that stand for several methods with the settings of one paper.
 EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -81,6 +94,11 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
         if method.carries and {train.modules.projector, train.modules.vision} != {"frozen"}:
             problem = f"{method.name} trains nothing but its own weights"
             raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")
+        if type(method).served is not Method.served and any(
+            type(other).served is not Method.served for other in methods if other is not method
+        ):
+            problem = "decides what is evaluated, and so does another method"
+            raise InputError(problem, where="recipe", field=f"method.{method.name}", remedy="Drop one of them")
         for other in methods:
             if other.name in method.conflicts:
                 raise InputError(
