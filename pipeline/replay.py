@@ -14,7 +14,7 @@ from .batches import Drawn, with_images
 
 
 class Replay(NamedTuple):
-    """What a method wants to see: `per_batch` of its `samples` in every global batch."""
+    """What a method wants to see: `per_batch` of its `samples` in every global batch (0: it asks for them itself)."""
 
     samples: Sequence[Sample]
     per_batch: int

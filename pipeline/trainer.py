@@ -169,7 +169,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
     def _replay_terms(self, passes: Iterable[Pass]) -> Iterator[tuple[Method, Tensor]]:
         """A term of each method that replays: a zero where there is nothing to see, so that all log the same terms."""
-        methods = {method.name: method for method in self.methods if method.name in self.replays.drawn}
+        drawn = {name for name, drawn in self.replays.drawn.items() if drawn.per_batch}
+        methods = {method.name: method for method in self.methods if method.name in drawn}
         terms = {name: torch.zeros((), device=self.args.device) for name in methods}
         for one in passes:
             for name, seen in self.replays.by_method(one):

@@ -11,13 +11,27 @@ from mcit.data_prep.errors import InputError
 
 from .asd import Asd
 from .base import Method, StepView
+from .dare import Dare
+from .der import Der
 from .ewc import Ewc
+from .fpf import Fpf
+from .freeze import Freeze
 from .gere import Gere
+from .hft import Hft
+from .ilora import ILora
+from .interference import Interference
+from .interpolate import Interpolate
 from .l2 import L2
 from .lwf import Lwf
+from .magmax import MagMax
 from .mas import Mas
+from .maxmerge import MaxMerge
 from .moextend import MoExtend
+from .olora import OLora
+from .refresh import Refresh
 from .reglora import RegLora
+from .replay import ExperienceReplay
+from .ties import Ties
 
 if TYPE_CHECKING:
     from ..recipe import TrainConfig
@@ -26,17 +40,32 @@ __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expa
 
 METHODS: dict[str, type[Method]] = {
     "asd": Asd,
+    "dare": Dare,
+    "der": Der,
     "ewc": Ewc,
+    "fpf": Fpf,
+    "freeze": Freeze,
     "gere": Gere,
+    "hft": Hft,
+    "ilora": ILora,
+    "interference": Interference,
+    "interpolate": Interpolate,
     "l2": L2,
     "lwf": Lwf,
+    "magmax": MagMax,
     "mas": Mas,
+    "maxmerge": MaxMerge,
     "moextend": MoExtend,
+    "olora": OLora,
+    "refresh": Refresh,
     "reglora": RegLora,
+    "replay": ExperienceReplay,
+    "ties": Ties,
 }
 
 # Names that stand for several methods with the settings of one paper.
 EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "derpp": {"der": {"label_weight": 0.5}},  # beta: DER++ (one of the paper's values)
     "sefe": {
         "asd": {"fraction": 0.2, "converter": "rules"},  # 20 %: SEFE (page); it converts by LLM, rules are ours
         "reglora": {"key_fraction": 0.02, "weight": 2500},  # SEFE (code)

@@ -5,7 +5,7 @@ p(y|x))², y being the whole answer; a stage's is added to `decay` times what th
 """
 
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..collator import IGNORED
 from .importance import Importance, ImportanceConfig
@@ -31,7 +31,12 @@ class Ewc(Importance):
 
     def of(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """-log p of the answer, all its tokens."""
-        return answer_loss(hidden, labels, self.head) * (labels[1:] != IGNORED).sum()
+        return surprise(hidden, labels, self.head)
 
     def importance(self, gradient: Tensor) -> Tensor:
         return gradient.square()
+
+
+def surprise(hidden: Tensor, labels: Tensor, head: nn.Linear) -> Tensor:
+    """-log p of a sample's whole answer, in nats, of its last hidden states [tokens, units] and labels [tokens]."""
+    return answer_loss(hidden, labels, head) * (labels[1:] != IGNORED).sum()

@@ -6,7 +6,7 @@ What EWC and MAS share: they differ in Ω, of which a method says what one sampl
 step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,7 +77,7 @@ class Importance(Method):
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:
             return {}
-        found = self._measured(samples)
+        found = measured(self.trainer, samples, self.config.samples, self.of, self.importance)
         for omega in found.values():
             if self.config.normalise:
                 omega /= omega.mean().clamp_min(torch.finfo(omega.dtype).tiny)
@@ -87,20 +87,28 @@ class Importance(Method):
             for name, omega in found.items()
         }
 
-    def _measured(self, samples: list[schema.Sample]) -> dict[str, Tensor]:
-        """The mean over samples of what their gradients add, on the CPU; each process sees its part."""
-        ranks = {index: rank(f"{sample['task']} {sample['id']}") for index, sample in enumerate(samples)}
-        chosen = sorted(ranks, key=lambda index: ranks[index])[: self.config.samples]
-        total = {
-            name: torch.zeros_like(weight, dtype=torch.float32)
-            for name, weight in trained_parameters(self.trainer.model).items()
-        }
-        for gradients in self.trainer.gradients(chosen, self.of):
-            for name, gradient in gradients.items():
-                total[name] += self.importance(gradient.float())
-        return {
-            name: (self.trainer.accelerator.reduce(summed, "sum") / len(chosen)).cpu() for name, summed in total.items()
-        }
+
+def measured(
+    trainer: "MethodLoss",
+    samples: Sequence[schema.Sample],
+    count: int,
+    of: Callable[[Tensor, Tensor], Tensor],
+    adds: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """The mean over `count` of the samples of what their gradients of `of` add, by name, on the CPU.
+
+    Which samples these are depends on their ids alone; each process sees its part of them, and all get the result.
+    """
+    ranks = {index: rank(f"{sample['task']} {sample['id']}") for index, sample in enumerate(samples)}
+    chosen = sorted(ranks, key=lambda index: ranks[index])[:count]
+    total = {
+        name: torch.zeros_like(weight, dtype=torch.float32)
+        for name, weight in trained_parameters(trainer.model).items()
+    }
+    for gradients in trainer.gradients(chosen, of):
+        for name, gradient in gradients.items():
+            total[name] += adds(gradient.float())
+    return {name: (trainer.accelerator.reduce(summed, "sum") / len(chosen)).cpu() for name, summed in total.items()}
 
 
 def distance(weights: Mapping[str, Tensor], pulls: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

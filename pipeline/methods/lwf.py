@@ -10,7 +10,6 @@ the first stage on.
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from mcit.data_prep import schema
 
 from ..collator import IGNORED
 from .base import Method, StepView
-from .outputs import distance_to, logits
+from .outputs import distance_to
 from .previous import Previous
 
 if TYPE_CHECKING:
@@ -58,13 +57,13 @@ class Lwf(Method):
         if not self.config.weight:
             return None
         assert view.hidden is not None
-        then = self.previous.hidden(view.inputs)  # of every micro-batch: the processes of ZeRO-3 wait for each other
-        gaps = []
-        for now, before, labels in zip(view.hidden, then, view.inputs["labels"], strict=True):
-            learned = labels[1:] != IGNORED
-            if learned.any():
-                target = F.log_softmax(logits(before[:-1][learned], self.head) / self.config.temperature, -1)
-                gaps.append(distance_to(now[:-1][learned], target, self.head, self.config.temperature))
+        # Of every micro-batch, whatever it learns from: under ZeRO-3 the processes wait for each other.
+        then = self.previous.answers(view.inputs, self.head, self.config.temperature)
+        gaps = [
+            distance_to(now[:-1][labels[1:] != IGNORED], target, self.head, self.config.temperature)
+            for now, target, labels in zip(view.hidden, then, view.inputs["labels"], strict=True)
+            if len(target)
+        ]
         if not gaps:
             return view.hidden.new_zeros(())
         return self.config.weight * view.share * torch.stack(gaps).mean()

@@ -5,10 +5,13 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..collator import IGNORED
 from ..replay import backbone
 from ..trainer import evaluating, trained_parameters
+from .outputs import logits
 
 if TYPE_CHECKING:
     from ..trainer import MethodLoss
@@ -28,12 +31,15 @@ class Previous:
         with torch.no_grad(), evaluating(model), swapped(model, self.weights), self.trainer.accelerator.autocast():
             yield model
 
-    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Last hidden states [rows, length, units] of a micro-batch."""
+    def answers(self, inputs: Mapping[str, Any], head: nn.Linear, temperature: float) -> list[Tensor]:
+        """Log-probabilities [answer tokens, vocabulary] that it gave each row of a micro-batch, at `temperature`."""
         with self.in_place() as model:
             fields = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
-            states: Tensor = backbone(model)(**fields).last_hidden_state
-            return states
+            states = backbone(model)(**fields).last_hidden_state
+            return [
+                F.log_softmax(logits(hidden[:-1][labels[1:] != IGNORED], head) / temperature, -1)
+                for hidden, labels in zip(states, inputs["labels"], strict=True)
+            ]
 
 
 @contextlib.contextmanager
