@@ -14,7 +14,8 @@ class Serving(Config):
     """How to serve one stage's policy.
 
     `base`: the untouched base model as given in the recipe (a folder or a Hub id) and its `revision` and `dtype`.
-    `kind`: `base` (row 0), `adapter` (a LoRA in `path`, on the untouched base) or `merged` (a whole model in `path`).
+    `kind`: `base` (row 0), `adapter` (a LoRA in `path`, on the untouched base), `extended` (modules of a method's own
+    in `path`, on the untouched base: transformers alone serves them) or `merged` (a whole model in `path`).
     `path` is relative to the folder of `serving.json`, as is `carried`: the adapter that the next stage goes on from,
     where a method has something else evaluated (a merge, an average). `hash` is the SHA-256 of what is served (adapter
     or model files, or the base's own hash): predictions are keyed by it, and the adapter's name in vLLM comes from it.
@@ -22,7 +23,7 @@ class Serving(Config):
 
     stage: int = Field(ge=0)
     name: str  # "base", or the stage's task names joined by "+"
-    kind: Literal["base", "adapter", "merged"]
+    kind: Literal["base", "adapter", "extended", "merged"]
     base: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"

@@ -141,10 +141,10 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     before = read_serving(before_dir)
     methods = build_methods(recipe.method, stage.train)
     carrier = next((method for method in methods if method.carries), None)
-    if before.kind == "merged" and carrier is None and not before.carried:
-        raise InputError(
-            "is a merged model, and a stage starts from the base or an adapter on it", where=before_dir / "serving.json"
-        )
+    if before.kind in ("merged", "extended") and carrier is None and not before.carried:
+        what = {"merged": "a merged model", "extended": "an extended model"}[before.kind]
+        problem = f"is {what}, and a stage starts from the base or an adapter on it"
+        raise InputError(problem, where=before_dir / "serving.json")
     entering = before.carried or (before.path if before.kind == "adapter" else None)
     previous = before_dir / entering if entering else None
     output = stages / f".{stage.folder}.partial"
@@ -348,7 +348,7 @@ def _save_adapters(
     fold(model, served)
     for part in (model, load_processor(base)):
         part.save_pretrained(folder / "merged")
-    return _as_merged(folder) | {"carried": "carried"}
+    return _as_model(folder, "merged") | {"carried": "carried"}
 
 
 def _as_adapter(folder: Path, adapter: Adapter) -> dict[str, Any]:
@@ -356,17 +356,16 @@ def _as_adapter(folder: Path, adapter: Adapter) -> dict[str, Any]:
     return {"kind": "adapter", "path": "adapter", "rank": rank(adapter), "hash": digest, "carried": None}
 
 
-def _as_merged(folder: Path) -> dict[str, Any]:
-    digest = hash_model(str(folder / "merged"))
-    return {"kind": "merged", "path": "merged", "rank": None, "hash": digest, "carried": None}
+def _as_model(folder: Path, kind: str) -> dict[str, Any]:
+    return {"kind": kind, "path": kind, "rank": None, "hash": hash_model(str(folder / kind)), "carried": None}
 
 
 def _save_merged(
     carrier: Method, model: Any, processor: Any, methods: Sequence[Method], states: Mapping[str, Any], folder: Path
 ) -> dict[str, Any]:
     """Write what a method carries; how it is served."""
-    carrier.leave(model, processor, folder / "merged")
-    return _as_merged(folder)
+    carrier.leave(model, processor, folder / carrier.carried_as)
+    return _as_model(folder, carrier.carried_as)
 
 
 def _state_file(folder: Path, name: str) -> Path:

@@ -39,6 +39,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ilora": {"buffer": 8, "per_batch": 3, "decay": 0.5},
     "interference": {"per_batch": 3},
     "l2": {"weight": 0.1},
+    "l2p": {"pool": 4, "length": 2, "top": 2},
+    "moelora": {"experts": 2},
     "mas": {"weight": 0.01, "samples": 8},
     "moextend": {"experts": 2, "layers": [1]},
     "olora": {"weight": 0.01},
@@ -179,16 +181,16 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 def first_lineage(method: str) -> str:
     """Of stage 1, which is the same in all but its name; one that the methods have."""
     allowed = [METHODS[name].lineages for name in json.loads(method)]
-    return next(lineage for lineage in ("stack", "continue", "independent") if all(lineage in has for has in allowed))
+    return next(
+        lineage for lineage in ("stack", "fold", "continue", "independent") if all(lineage in has for has in allowed)
+    )
 
 
 def keys(method: str, lineage: str, paradigm: str) -> list[str]:
     """What a recipe says of a stage, `method` as JSON."""
     resolved = [f"method={method}", f"train.lineage={lineage}", f"train.paradigm={paradigm}"]
-    carried = any(
-        METHODS[name](METHODS[name].Config(**settings)).carries for name, settings in json.loads(method).items()
-    )
-    return [*resolved, f"base_model.path={mixture()}"] if carried else resolved
+    extended = json.loads(method).get("moextend", {}).get("experts", 0) > 0
+    return [*resolved, f"base_model.path={mixture()}"] if extended else resolved
 
 
 @cache
@@ -234,7 +236,17 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         for layer in target_names(tiny_model(), ModulesConfig())
         for factor in "AB"
     }
-    meant = {"moextend": EXPERTS}.get(name, adapter)
+    layers = target_names(tiny_model(), ModulesConfig())
+    meant = {
+        "moextend": EXPERTS,
+        "moelora": {f"{layer}.{part}" for layer in layers for part in ("a", "b", "router")},
+        "osf": {
+            f"base_model.model.{layer}.osf_svd_params.default.{part}"
+            for layer in layers
+            for part in ("U_low", "S_low", "V_low")
+        },
+        "l2p": {f"model.language_model.prompt_pool.{part}" for part in ("keys", "prompts")},
+    }.get(name, adapter)
     for stage in train(section(name), lineage, paradigm):
         assert len(stage.trainable) == len(meant) * PART.get(name, 1) and stage.trainable <= meant
         assert stage.before.keys() == stage.after.keys()

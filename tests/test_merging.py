@@ -188,7 +188,9 @@ def test_olora_keeps_the_rows_of_all_stages() -> None:
 
 
 def test_two_methods_cannot_both_decide_what_is_evaluated() -> None:
-    with pytest.raises(InputError, match=r"method.magmax: decides what is evaluated, and so does another method"):
+    with pytest.raises(
+        InputError, match=r"method.magmax: does not work together with ties: each has something else evaluated"
+    ):
         build_methods({"magmax": {}, "ties": {}}, TrainConfig())
 
 

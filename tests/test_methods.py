@@ -76,6 +76,7 @@ def test_sefe_is_its_two_parts() -> None:
         ({"no.module:Class": {}}, "method.no.module:Class: cannot be imported"),
         ({"collections:OrderedDict": {}}, "is not a subclass of"),
         ({"reglora": {}, "test_methods:Elsewhere": {}}, "method.elsewhere: does not work together with reglora"),
+        ({"reglora": {}, "moextend": {}}, "method.reglora: .*with moextend: it acts on LoRA, and there is none"),
     ],
 )
 def test_mistakes_are_one_clear_line(section: dict, message: str) -> None:

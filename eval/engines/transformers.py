@@ -10,6 +10,7 @@ import torch
 from mcit.data_prep.chat import open_image, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.eval.config import EvalConfig
+from mcit.eval.extension import extend
 
 from .base import (
     Policy,
@@ -53,6 +54,8 @@ class TransformersEngine:
             trust_remote_code=first.serving.trust_remote_code,
             dtype=getattr(torch, first.serving.dtype),
         )
+        if first.extension:
+            extend(model, first.extension)
         # The model's own generation defaults (a repetition penalty, a temperature) would change greedy answers.
         self.ends = end_tokens(first, self.processor.tokenizer)
         model.generation_config = GenerationConfig(

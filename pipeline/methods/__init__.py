@@ -22,12 +22,15 @@ from .ilora import ILora
 from .interference import Interference
 from .interpolate import Interpolate
 from .l2 import L2
+from .l2p import L2P
 from .lwf import Lwf
 from .magmax import MagMax
 from .mas import Mas
 from .maxmerge import MaxMerge
+from .moelora import MoELora
 from .moextend import MoExtend
 from .olora import OLora
+from .osf import Osf
 from .refresh import Refresh
 from .reglora import RegLora
 from .replay import ExperienceReplay
@@ -51,12 +54,15 @@ METHODS: dict[str, type[Method]] = {
     "interference": Interference,
     "interpolate": Interpolate,
     "l2": L2,
+    "l2p": L2P,
     "lwf": Lwf,
     "magmax": MagMax,
     "mas": Mas,
     "maxmerge": MaxMerge,
+    "moelora": MoELora,
     "moextend": MoExtend,
     "olora": OLora,
+    "osf": Osf,
     "refresh": Refresh,
     "reglora": RegLora,
     "replay": ExperienceReplay,
@@ -123,17 +129,24 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
         if method.carries and {train.modules.projector, train.modules.vision} != {"frozen"}:
             problem = f"{method.name} trains nothing but its own weights"
             raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")
-        if type(method).served is not Method.served and any(
-            type(other).served is not Method.served for other in methods if other is not method
-        ):
-            problem = "decides what is evaluated, and so does another method"
-            raise InputError(problem, where="recipe", field=f"method.{method.name}", remedy="Drop one of them")
         for other in methods:
-            if other.name in method.conflicts:
-                raise InputError(
-                    f"does not work together with {other.name}", where="recipe", field=f"method.{method.name}"
-                )
+            if other is not method and (reason := _conflict(method, other)):
+                problem = f"does not work together with {other.name}{reason}"
+                raise InputError(problem, where="recipe", field=f"method.{method.name}")
     return methods
+
+
+def _conflict(method: Method, other: Method) -> str | None:
+    """Why two methods exclude each other: words to go on with, or None if they do not."""
+    if other.name in method.conflicts:
+        return ""
+    if method.needs_lora and other.carries:
+        return ": it acts on LoRA, and there is none"
+    if method.carries and other.carries:
+        return ": each has the policy in weights of its own"
+    if all(type(one).served is not Method.served for one in (method, other)):
+        return ": each has something else evaluated"
+    return None
 
 
 def _validate(name: str, settings: Mapping[str, Any]) -> Any:

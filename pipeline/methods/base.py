@@ -60,6 +60,8 @@ class Method:
     conflicts: ClassVar[Sequence[str]] = ()
     Config: ClassVar[type[schema.Config]] = schema.Config
     neutral: ClassVar[Mapping[str, Any]] = {}
+    carried_as: ClassVar[Literal["merged", "extended"]] = "merged"  # what `leave` writes (`mcit.eval.serving`)
+    needs_lora: ClassVar[bool] = False  # whether it acts on LoRA, and not beside a method that carries the policy
     needs_hidden: ClassVar[bool] = False  # whether `loss` looks at `StepView.hidden`, which supervised tuning has
 
     def __init__(self, config: schema.Config):
@@ -75,7 +77,7 @@ class Method:
         raise NotImplementedError
 
     def leave(self, model: "PreTrainedModel", processor: Any, folder: Path) -> None:
-        """Write the policy to `folder` as a merged model, after `finish`; `model` is not used afterwards."""
+        """Write the policy to `folder`, as what `carried_as` says, after `finish`; `model` is not used afterwards."""
         raise NotImplementedError
 
     def build(self, model: "PeftModel", state: dict[str, "Tensor"]) -> None:

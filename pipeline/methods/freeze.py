@@ -33,7 +33,6 @@ class Freeze(Method):
     category = "architecture"
     keeps = "nothing"
     cost = "none; less memory and time for what does not train"
-    conflicts = ("moextend",)
     Config = FreezeConfig
     neutral = {"share": 1}  # noqa: RUF012
 

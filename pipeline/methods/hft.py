@@ -38,7 +38,7 @@ class Hft(Method):
     category = "schedule"
     keeps = "nothing"
     cost = "none; less memory and time for what does not train"
-    conflicts = ("freeze", "moextend")
+    conflicts = ("freeze",)
     Config = HftConfig
     neutral = {"share": 0}  # noqa: RUF012
 

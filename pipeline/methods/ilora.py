@@ -61,6 +61,7 @@ class ILora(Method):
     lineages = ("continue",)
     distributed = ("single", "ddp", "zero2")
     conflicts = ("replay", "der")
+    needs_lora = True
     Config = ILoraConfig
     neutral = {"per_batch": 0, "serve": "fast"}  # noqa: RUF012
 

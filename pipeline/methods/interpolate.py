@@ -29,7 +29,7 @@ class Interpolate(Method):
     category = "bound"
     keeps = "nothing"
     cost = "none; a second adapter on disk"
-    conflicts = ("moextend",)
+    needs_lora = True
     Config = InterpolateConfig
     neutral = {"share": 1}  # noqa: RUF012
 

@@ -36,7 +36,7 @@ class L2(Method):
     keeps = "nothing"
     cost = "a copy of the adapter under `continue`; once per step, products of the size of the rank"
     lineages = ("stack", "fold", "continue")
-    conflicts = ("moextend",)
+    needs_lora = True
     Config = L2Config
     neutral = {"weight": 0}  # noqa: RUF012
 

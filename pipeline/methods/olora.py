@@ -37,7 +37,7 @@ class OLora(Method):
     keeps = "nothing"
     cost = "half of every past adapter in memory and on disk; once per step, products of the size of the ranks"
     lineages = ("stack", "fold")
-    conflicts = ("moextend",)
+    needs_lora = True
     Config = OLoraConfig
     neutral = {"weight": 0}  # noqa: RUF012
 

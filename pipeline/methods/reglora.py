@@ -46,6 +46,7 @@ class RegLora(Method):
     keeps = "nothing"
     cost = "4 bits an adapted weight; once per step the product of its factors, and its gradients"
     lineages = ("stack", "fold")
+    needs_lora = True
     Config = RegLoraConfig
     neutral = {"weight": 0}  # noqa: RUF012
 

@@ -36,7 +36,7 @@ class Vectors(Method):
     category = "merging"
     keeps = "nothing"
     cost = "every stage's adapter on disk, and a merge after each; training is that of sequential tuning"
-    conflicts = ("moextend",)
+    needs_lora = True
     neutral: ClassVar[dict[str, Any]] = {"merge": False}
 
     config: VectorsConfig

@@ -60,7 +60,7 @@ class MoExtend(Method):
     lineages = ("stack", "independent")
     paradigms = ("sft",)
     distributed = ("single", "ddp", "zero2")
-    conflicts = ("reglora",)
+    conflicts = ("freeze", "hft")
     Config = MoExtendConfig
     neutral: ClassVar[dict[str, Any]] = {"experts": 0}
 
