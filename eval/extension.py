@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
 
+IGNORED = -100  # the label of what is not predicted
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -47,8 +48,8 @@ class PromptPool(nn.Module):
     """Prompts that a question picks by its likeness to their keys, put before its embeddings (L2P).
 
     The query is the mean of the question's input embeddings, those of its images included; the `top` prompts with the
-    keys of the largest cosine are taken. `attach` makes a decoder use the pool. `keys` [pool, units], `prompts`
-    [pool, length, units].
+    keys of the largest cosine are taken. Where an answer follows the question, a model must be told by `labels`, which
+    are not -100 there: what is to be predicted has no say. `keys` [pool, units], `prompts` [pool, length, units].
     """
 
     def __init__(self, keys: Tensor, prompts: Tensor, top: int):
@@ -56,9 +57,12 @@ class PromptPool(nn.Module):
         self.keys, self.prompts, self.top = nn.Parameter(keys), nn.Parameter(prompts), top
         self.likeness: Tensor | None = None  # of the last pass, [rows]: the mean cosine of the keys that were taken
         self.count = top * prompts.shape[1]  # of the vectors that are prepended
+        self.answers: Tensor | None = None  # of the pass that begins, [rows, tokens]: which are no part of the question
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Prompts [rows, top · length, units] for embeddings [rows, tokens, units] whose `mask` is not zero."""
+        if self.answers is not None:
+            mask, self.answers = mask * ~self.answers, None
         weights = mask[..., None].to(embeddings.dtype)
         query = (embeddings.detach() * weights).sum(1) / weights.sum(1)
         cosines = F.normalize(query.float(), dim=-1) @ F.normalize(self.keys.float(), dim=-1).T
@@ -66,9 +70,13 @@ class PromptPool(nn.Module):
         self.likeness = best.mean(-1)
         return self.prompts[chosen].flatten(1, 2).to(embeddings.dtype)
 
-    def attach(self, decoder: nn.Module) -> None:
-        """Have `decoder` prepend prompts to what it embeds; their places are taken off what it returns."""
+    def attach(self, model: Any) -> None:
+        """Have the decoder of `model` prepend prompts to what it embeds; their places are taken off what it returns."""
         state: dict[str, Any] = {}
+
+        def told(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            labels = kwargs.get("labels")
+            self.answers = None if labels is None else labels != IGNORED
 
         def before(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             inputs = kwargs.get("inputs_embeds")
@@ -97,8 +105,9 @@ class PromptPool(nn.Module):
                 output.last_hidden_state = output.last_hidden_state[:, self.count :]
             return output
 
-        decoder.register_forward_pre_hook(before, with_kwargs=True)
-        decoder.register_forward_hook(after)
+        model.register_forward_pre_hook(told, with_kwargs=True)
+        model.get_decoder().register_forward_pre_hook(before, with_kwargs=True)
+        model.get_decoder().register_forward_hook(after)
 
 
 def add_mixtures(model: nn.Module, tensors: Mapping[str, Tensor], scaling: float) -> dict[str, MixtureLinear]:
@@ -117,7 +126,7 @@ def add_prompts(model: Any, tensors: Mapping[str, Tensor], top: int) -> PromptPo
     """Put a pool of prompts before the language model."""
     decoder = model.get_decoder()
     decoder.prompt_pool = PromptPool(tensors["keys"], tensors["prompts"], top)
-    decoder.prompt_pool.attach(decoder)
+    decoder.prompt_pool.attach(model)
     return decoder.prompt_pool
 
 

@@ -66,7 +66,7 @@ class Results(TypedDict):
     row0: bool  # always True: the first row is the base
     stderr: list[list[float | None]]  # of each mean, clustered by image
     n: list[list[int | None]]  # answers behind each mean
-    engines: NotRequired[list[list[str | None]]]  # which engine gave the answers: some policies only transformers serves
+    engines: NotRequired[list[list[str | None]]]  # who answered: some policies only transformers serves
     verdicts: list[list[dict[Verdict, float] | None]]  # shares, summing to 1
     metrics: dict[str, float | None]  # see mcit.eval.metrics and, where there are curves, mcit.eval.stability
     curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained

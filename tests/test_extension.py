@@ -146,6 +146,7 @@ def test_answers_are_those_of_one_token_after_the_other(stage: Path, images: int
             for key, value in batch.items()
         }
         del batch["labels"]
+        batch["labels"] = torch.full_like(batch["input_ids"], -100)  # they say where the question ends
         ids: list[int] = []
         for _ in range(answer.tokens):
             with torch.no_grad():
@@ -153,7 +154,7 @@ def test_answers_are_those_of_one_token_after_the_other(stage: Path, images: int
             batch["input_ids"] = torch.cat([batch["input_ids"], torch.tensor([ids[-1:]])], 1)
             for key, value in batch.items():
                 if key != "input_ids" and value.shape == (1, batch["input_ids"].shape[1] - 1):
-                    last = 1 if key == "attention_mask" else 0
+                    last = {"attention_mask": 1, "labels": ids[-1]}.get(key, 0)
                     batch[key] = torch.cat([value, torch.tensor([[last]])], 1)
         assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == answer.text.strip()
     engine.close()

@@ -1,13 +1,14 @@
 """Buffers, replay and DER against numbers worked out by hand."""
 
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from training import make_samples
+from training import make_run, make_samples
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.batches import Drawn
@@ -16,8 +17,9 @@ from mcit.pipeline.methods.buffer import collision, ordered, parts, shares_by_ag
 from mcit.pipeline.methods.der import Der, DerConfig
 from mcit.pipeline.methods.outputs import logit_gap
 from mcit.pipeline.methods.replay import ExperienceReplay, ReplayConfig
-from mcit.pipeline.recipe import TrainConfig
+from mcit.pipeline.recipe import TrainConfig, load_recipe
 from mcit.pipeline.replay import Replayed
+from mcit.pipeline.stage import _past, _trained
 
 
 def stage(k: int, seed: int = 0) -> Any:
@@ -207,3 +209,19 @@ def test_what_der_keeps_of_a_stage_shrinks_as_stages_come() -> None:
         state = method.finish(None, own)  # type: ignore[arg-type]
         assert len(recorded) == 6 // k and len(state) == 2 * 6
         past[k] = own
+
+
+def test_the_past_is_what_earlier_stages_trained_and_this_one_does_not(tmp_path: Path) -> None:
+    """Each sample under the stage that trained it last, where a task comes again."""
+    path = make_run(tmp_path, {name: make_samples(name, 3) for name in "abc"}, "")
+    recipe = load_recipe(path, ["stream=[a, b, a, c]"])
+
+    def past(k: int) -> dict[int, set[str]]:
+        one = recipe.stages[k - 1]
+        found = _past(recipe, one, _trained(recipe, one, tmp_path), tmp_path)
+        assert all(
+            Path(image).is_absolute() for samples in found.values() for each in samples for image in each["images"]
+        )
+        return {stage: {sample["task"] for sample in samples} for stage, samples in found.items()}
+
+    assert [past(k) for k in (1, 2, 3, 4)] == [{}, {1: {"a"}}, {2: {"b"}}, {2: {"b"}, 3: {"a"}}]

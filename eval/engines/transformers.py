@@ -10,7 +10,7 @@ import torch
 from mcit.data_prep.chat import open_image, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.eval.config import EvalConfig
-from mcit.eval.extension import extend
+from mcit.eval.extension import IGNORED, extend
 
 from .base import (
     Policy,
@@ -137,7 +137,8 @@ class TransformersEngine:
             inputs = self._inputs([request], [text])
             ids = inputs["input_ids"]
             with self._active(request.policy):
-                logits = self.model(**inputs).logits[0, -count - 1 : -1].float()  # [count, vocabulary]
+                told = {"labels": _labels(ids, count)} if request.policy.extension else {}
+                logits = self.model(**inputs, **told).logits[0, -count - 1 : -1].float()  # [count, vocabulary]
             picked = logits.log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
             results.append(Scored(ids[0, :-count].tolist(), picked.tolist()))
         return results
@@ -172,3 +173,10 @@ class TransformersEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _labels(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """What tells a model with an extension where a question ends: the last `count` tokens are its answer."""
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -count:] = ids[:, -count:]
+    return labels
