@@ -26,6 +26,7 @@ import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 import mcit.pipeline.stage as stage_script
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.serving import read_serving
 from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.recipe import ModulesConfig, load_recipe
@@ -266,6 +267,31 @@ def test_a_state_that_was_saved_trains_like_the_one_in_memory(
     monkeypatch.setattr(stage_script, "_load_state", lambda _, method: first.states[method.name])
     again = train(section(name), lineage, paradigm, "seed=0")[1]  # the default, spelt out: trained once more
     assert again is not second and same(again.after, second.after)
+
+
+@pytest.mark.parametrize(
+    ("name", "lineage"),
+    take_one(
+        [
+            (name, lineage)
+            for name, method in METHODS.items()
+            if method.served is not Method.served and method.callbacks is Method.callbacks
+            for lineage in method.lineages
+        ],
+        ("magmax", "continue"),
+    ),
+)
+def test_what_is_evaluated_in_the_policys_place_leaves_training_alone(train: Train, name: str, lineage: str) -> None:
+    sequential, other = (train(method, lineage, "sft") for method in ({}, section(name)))
+    for one, two in zip(sequential, other, strict=True):
+        assert same(one.after, two.after)
+        serving = read_serving(two.folder)
+        assert (serving.kind, serving.path, serving.carried) == ("adapter", "adapter", "carried")
+        policy, carried, served = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (one.folder / "adapter", two.folder / "carried", two.folder / "adapter")
+        )
+        assert same(policy, carried) and not same(policy, served)
 
 
 @every_way

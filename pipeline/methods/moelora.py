@@ -2,10 +2,10 @@
 
     y = W x + alpha / r · Σ_e softmax(router x)_e B_e A_e x
 
-All `experts` act on every token; they share out the rank `train.lora.r`, so that MoELoRA has as many weights as LoRA,
-and its routers. One mixture trains on through all stages (`continue`). Unlike CoIN's code, in which merging is
-commented out and said to be done all the same, nothing is ever merged: the weights depend on the token. `experts: 0`
-is neutral.
+All `experts` act on every token; they share out the rank `train.lora.r` (rounded down), so that MoELoRA has as many
+weights as LoRA, and its routers. One mixture trains on through all stages (`continue`). Unlike CoIN's code, in which
+merging is commented out and said to be done all the same, nothing is ever merged: the weights depend on the token.
+`experts: 0` is neutral.
 """
 
 from pathlib import Path
@@ -65,12 +65,14 @@ class MoELora(Method):
     def enter(self, model: "PreTrainedModel", state: dict[str, Tensor], collator: "Collator") -> "PreTrainedModel":
         model.requires_grad_(False)
         lora = self.train.lora
-        if lora.r % self.config.experts:
+        if lora.r < self.config.experts:
             problem = f"rank {lora.r} cannot be shared out to {self.config.experts} experts"
             raise InputError(problem, where="recipe", field="method.moelora.experts")
         names = target_names(model, self.train.modules)
         tensors = state or fresh(
-            {name: model.get_submodule(name).weight for name in names}, lora.r, self.config.experts
+            {name: model.get_submodule(name).weight for name in names},
+            lora.r // self.config.experts,
+            self.config.experts,
         )
         self.layers = add_mixtures(model, tensors, lora.alpha / lora.r)
         for layer in self.layers.values():
@@ -90,11 +92,11 @@ class MoELora(Method):
 
 
 def fresh(weights: dict[str, Any], rank: int, experts: int) -> dict[str, Tensor]:
-    """Untrained experts, as LoRA is: A and the router drawn uniformly, B zero."""
+    """Untrained experts of `rank` each, as LoRA is: A and the router drawn uniformly, B zero."""
     tensors = {}
     for name, weight in weights.items():
         rows, columns = weight.shape
-        tensors[f"{name}.a"] = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=5**0.5)
-        tensors[f"{name}.b"] = torch.zeros(rows, rank)
+        tensors[f"{name}.a"] = nn.init.kaiming_uniform_(torch.empty(experts * rank, columns), a=5**0.5)
+        tensors[f"{name}.b"] = torch.zeros(rows, experts * rank)
         tensors[f"{name}.router"] = nn.init.kaiming_uniform_(torch.empty(experts, columns), a=5**0.5)
     return tensors
