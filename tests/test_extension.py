@@ -61,11 +61,8 @@ def extension(kind: str, folder: Path) -> None:
     tensors = {}
     for name in ("model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.1.mlp.down_proj"):
         rows, columns = model.get_submodule(name).weight.shape
-        tensors |= {
-            f"{name}.a": draw(4, columns),
-            f"{name}.b": draw(rows, 4, seed=1),
-            f"{name}.router": draw(2, columns),
-        }
+        a, b = draw(4, columns, scale=0.3), draw(rows, 4, seed=1, scale=0.3)
+        tensors |= {f"{name}.a": a, f"{name}.b": b, f"{name}.router": draw(2, columns)}
     save_extension(folder, {"kind": kind, "scaling": 0.5}, tensors)
 
 

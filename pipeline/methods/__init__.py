@@ -130,7 +130,7 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
             problem = f"{method.name} trains nothing but its own weights"
             raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")
         for other in methods:
-            if other is not method and (reason := _conflict(method, other)):
+            if other is not method and (reason := _conflict(method, other)) is not None:
                 problem = f"does not work together with {other.name}{reason}"
                 raise InputError(problem, where="recipe", field=f"method.{method.name}")
     return methods
