@@ -115,8 +115,8 @@ def add_mixtures(model: nn.Module, tensors: Mapping[str, Tensor], scaling: float
     added = {}
     for name in sorted({key.rpartition(".")[0] for key in tensors}):
         linear: Any = model.get_submodule(name)
-        parts = [tensors[f"{name}.{part}"] for part in ("a", "b", "router")]
-        added[name] = MixtureLinear(linear, *parts, scaling).to(linear.weight.device)
+        a, b, router = (tensors[f"{name}.{part}"] for part in ("a", "b", "router"))
+        added[name] = MixtureLinear(linear, a, b, router, scaling).to(linear.weight.device)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, added[name])
     return added
