@@ -34,7 +34,8 @@ class MixtureLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.a, self.b, self.router = nn.Parameter(a), nn.Parameter(b), nn.Parameter(router)
-        self.scaling, self.dropout = scaling, nn.Identity()
+        self.scaling = scaling
+        self.dropout: nn.Module = nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
         own = input.to(self.a.dtype)

@@ -51,7 +51,7 @@ def cut(past: Past, buffer: int) -> list[list[Sample]]:
 def ordered(past: Sequence[Sample], own: Sequence[Sample], selection: Selection, seed: int) -> list[Sample]:
     """A stage's past samples, those first that a small buffer would keep while `own` are trained."""
 
-    def drawn(sample: Sample) -> str:
+    def drawn(sample: Sample) -> bytes:
         return rank(f"buffer {seed} {sample['task']} {sample['id']}")
 
     if selection == "modality":

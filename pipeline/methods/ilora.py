@@ -123,11 +123,11 @@ class ILora(Method):
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Mapping[str, Factors | Dense] | None:
         if self.config.serve == "fast":
             return None
-        prefix = "base_model.model."
-        return {
-            name: Factors(*(state[f"{prefix}{name}.lora_{part}.default.weight"] for part in "AB"), one.scaling)
-            for name, one in policy.items()
-        }
+
+        def factor(layer: str, part: str) -> Tensor:
+            return state[f"base_model.model.{layer}.lora_{part}.default.weight"]
+
+        return {name: Factors(factor(name, "A"), factor(name, "B"), one.scaling) for name, one in policy.items()}
 
     @torch.no_grad()
     def _slow_states(self, samples: list[int]) -> Tensor:

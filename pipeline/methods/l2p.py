@@ -88,7 +88,7 @@ class L2P(Method):
     def leave(self, model: "PreTrainedModel", processor: Any, folder: Path) -> None:
         save_extension(folder, {"kind": "prompts", "top": self.config.top}, self.finish(model, []))
 
-    def _fresh(self, embeddings: Tensor) -> dict[str, Tensor]:
+    def _fresh(self, embeddings: Any) -> dict[str, Tensor]:
         """Keys at random (uniform in ±1: the paper's code), prompts of random tokens' embeddings (ours)."""
         tokens = torch.randint(len(embeddings), (self.config.pool, self.config.length))
         keys = torch.empty(self.config.pool, embeddings.shape[1]).uniform_(-1, 1)

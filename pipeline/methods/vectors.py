@@ -68,7 +68,7 @@ class Vectors(Method):
 
 def flat(adapter: Adapter, k: int) -> dict[str, Tensor]:
     """An adapter as tensors with names, those of stage `k`; its scaling goes into B."""
-    named = {}
+    named: dict[str, Tensor] = {}
     for name, (a, b, scaling) in adapter.items():
         named |= {f"{k:03d}.{name}.a": a, f"{k:03d}.{name}.b": b * scaling}
     return named
