@@ -48,10 +48,10 @@ def evaluate_cells(
 ) -> None:
     """Answer and score every cell (stage, task) that is not done.
 
-    Base and LoRA policies share one engine; each merged policy then has one of its own. Answers are kept as they come
-    (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under
-    their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them:
-    row 0 is asked once.
+    Base and LoRA policies share one engine; each merged or extended policy then has its own. Answers are kept as they
+    come (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete,
+    under their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find
+    them: row 0 is asked once.
     Raises `InputError`, also when a policy fails the checks of `mcit.eval.liveness`.
     """
     cache = cache or cache_dir()
@@ -64,7 +64,7 @@ def evaluate_cells(
         else:
             groups.setdefault(cell.policy.engine_key, []).append(cell)
     _check_bases(groups)
-    for group in sorted(groups.values(), key=lambda group: group[0].policy.serving.kind == "merged"):
+    for group in sorted(groups.values(), key=lambda group: group[0].policy.by_itself):
         _evaluate_group(group, config, cache)
 
 
@@ -139,7 +139,7 @@ def _prove(
     todo = unproven(policies, engine.name, config)
     if not todo:
         return
-    bases = [] if todo[0].serving.kind == "merged" else [todo[0].base()]
+    bases = [] if todo[0].by_itself else [todo[0].base()]
     scores = engine_scores(engine, [*bases, *todo], probes)
     for result in prove(todo, engine.name, scores, reference if engine.name == "vllm" else None, config):
         _say(result["note"])

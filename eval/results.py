@@ -95,6 +95,7 @@ class Results(TypedDict):
     row0: bool  # always True: the first row is the base
     stderr: list[list[float | None]]  # of each mean, clustered by image
     n: list[list[int | None]]  # answers behind each mean
+    engines: NotRequired[list[list[str | None]]]  # who answered: some policies only transformers serves
     verdicts: list[list[dict[Verdict, float] | None]]  # shares, summing to 1
     content: NotRequired[list[list[float | None]]]  # mean score of what the answers say, whatever their form
     metrics: dict[str, float | None]  # see mcit.eval.metrics and, where measured, mcit.eval.stability and the like
@@ -165,6 +166,7 @@ def assemble_results(
         "row0": True,
         "stderr": table("stderr"),
         "n": table("n"),
+        "engines": [[marker.get("engine") if marker else None for marker in row] for row in cells],
         "verdicts": table("verdicts"),
         "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
         "hashes": {

@@ -1,6 +1,6 @@
 """How the policy is carried on from stage to stage, and what KL is measured against."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mcit.data_prep.errors import InputError
 
-from .adapters import Adapter, Factors, concat, live_adapter, load_adapter, lora_layers, negate, pattern, rank
+from .adapters import Adapter, Dense, Factors, concat, live_adapter, load_adapter, lora_layers, negate, pattern, rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -149,7 +149,7 @@ def _stack_beside(linear: nn.Linear, factors: Factors, dtype: torch.dtype) -> No
 
 
 @torch.no_grad()
-def fold(model: nn.Module, past: Adapter) -> None:
+def fold(model: nn.Module, past: Mapping[str, Factors | Dense]) -> None:
     """Add the past to the weights: in float32 from the untouched base, rounded to the model's dtype once."""
     for name, factors in past.items():
         weight = _linear(model, name).weight

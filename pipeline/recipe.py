@@ -109,6 +109,7 @@ class Stage:
     tasks: list[str]
     train: TrainConfig
     visitors: tuple[str, ...] = ()  # other tasks of which some samples are trained here (`blur`)
+    seed: int = 0  # the recipe's
 
     @property
     def folder(self) -> str:
@@ -204,7 +205,9 @@ class Recipe(Config):
                 train.set(keys, value, section)
         try:
             visitors = tuple(task.name for task in self.tasks if task.name not in names) if self.blur else ()
-            return Stage(k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True), visitors)
+            return Stage(
+                k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True), visitors, self.seed
+            )
         except ValidationError as error:
             raise refusal(error, TrainConfig, train) from None
 

@@ -12,7 +12,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,11 @@ from mcit.data_prep.schema import PreparedTask, Sample
 from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, read_serving, write_serving
 
-from .adapters import Adapter, hash_adapter, rank, save_adapter
+from .adapters import Adapter, Factors, concat, hash_adapter, rank, save_adapter
 from .arguments import check_stage, deepspeed, processes
 from .collator import Collator
 from .during import During, choose_probes
-from .lineage import enter, freeze, leave
+from .lineage import enter, fold, freeze, leave
 from .methods import Method, build_methods
 from .quantization import keep_trainable, quantised_options
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
@@ -85,6 +85,7 @@ DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
 # Parameters below which threads wait for each other longer than they work: 63 steps of the embedded model take 12 s
 # with one thread and, on two cores, 14 to 27 with two.
 _TINY = 10_000_000
+MAX_RANK = 512  # the largest that vLLM serves
 
 
 def main(paradigm: str, make_trainer: MakeTrainer) -> None:
@@ -142,30 +143,24 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     before = read_serving(before_dir)
     methods = build_methods(recipe.method, stage.train)
     carrier = next((method for method in methods if method.carries), None)
-    if before.kind == "merged" and carrier is None:
-        raise InputError(
-            "is a merged model, and a stage starts from the base or an adapter on it", where=before_dir / "serving.json"
-        )
-    previous = before_dir / before.path if before.kind == "adapter" and before.path else None
+    if before.kind in ("merged", "extended") and carrier is None and not before.carried:
+        what = {"merged": "a merged model", "extended": "an extended model"}[before.kind]
+        problem = f"is {what}, and a stage starts from the base or an adapter on it"
+        raise InputError(problem, where=before_dir / "serving.json")
+    entering = before.carried or (before.path if before.kind == "adapter" else None)
+    previous = before_dir / entering if entering else None
     output = stages / f".{stage.folder}.partial"
 
     tasks = {name: read_task(run_dir / "data" / name) for name in (*stage.tasks, *stage.visitors)}
-    samples = [
-        sample
-        for name, task in tasks.items()
-        for sample in trained_in(
-            _samples(run_dir / "data" / name, task, "train"),
-            k,
-            recipe.homes(name),
-            len(recipe.stages),
-            recipe.blur,
-            recipe.seed,
-        )
-    ]
+    samples = _trained(recipe, stage, run_dir)
     anchors = {anchor.name: read_task(run_dir / "data" / anchor.name) for anchor in recipe.anchors}
     general = [one for name, task in anchors.items() for one in _samples(run_dir / "data" / name, task, "train")]
+    past = _past(recipe, stage, samples, run_dir) if any(method.keeps == "past data" for method in methods) else {}
+    states = {method.name: _load_state(before_dir, method) for method in methods}
     for method in methods:
-        samples = method.data(stage, samples)
+        kept = past if method.keeps == "past data" else {}
+        samples = method.data(stage, samples, kept, states[method.name])
+    tasks |= {name: read_task(run_dir / "data" / name) for name in {one["task"] for one in samples} - tasks.keys()}
     replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
@@ -176,7 +171,6 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         torch.set_num_threads(1)
     context = model.config.get_text_config().max_position_embeddings
     max_length = min(stage.train.max_length or context, context)
-    states = {method.name: _load_state(before_dir, method) for method in methods}
     if carrier:
         tuned: Any = carrier.enter(model, states[carrier.name], Collator(processor, [], max_length))
     else:
@@ -230,11 +224,11 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     if carrier:
         save = partial(_save_merged, carrier, tuned, processor)
     else:
-        save = partial(_save_adapters, *leave(tuned, previous, stage.train), before)
+        save = partial(_save_adapters, *leave(tuned, previous, stage.train), recipe.base_model, before)
     states = {method.name: method.finish(tuned, samples) for method in methods}
     if trainer.accelerator.is_main_process:
         shutil.rmtree(output, ignore_errors=True)  # what the trainer, or a process that was killed, left there
-        served = save(output)
+        served = save(methods, states, output)
         for name, state in states.items():
             _save_state(output, name, state)
         write_jsonl(output / "train_log.jsonl", map(_finite, trainer.state.log_history))
@@ -296,6 +290,34 @@ def _samples(folder: Path, task: PreparedTask, part: Part) -> list[Sample]:
     ]
 
 
+def _trained(recipe: Recipe, stage: Stage, run_dir: Path) -> list[Sample]:
+    """What a stage trains."""
+    return [
+        sample
+        for name in (*stage.tasks, *stage.visitors)
+        for sample in trained_in(
+            _samples(run_dir / "data" / name, read_task(run_dir / "data" / name), "train"),
+            stage.k,
+            recipe.homes(name),
+            len(recipe.stages),
+            recipe.blur,
+            recipe.seed,
+        )
+    ]
+
+
+def _past(recipe: Recipe, stage: Stage, samples: Iterable[Sample], run_dir: Path) -> dict[int, list[Sample]]:
+    """What earlier stages trained and `stage` does not, each sample by the stage that trained it last."""
+    seen = {(sample["task"], sample["id"]) for sample in samples}
+    past = {}
+    for earlier in reversed(recipe.stages[: stage.k - 1]):
+        past[earlier.k] = [
+            sample for sample in _trained(recipe, earlier, run_dir) if (sample["task"], sample["id"]) not in seen
+        ]
+        seen |= {(sample["task"], sample["id"]) for sample in past[earlier.k]}
+    return {k: past[k] for k in sorted(past) if past[k]}
+
+
 def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -> During:
     """What is asked while the stage trains: every task learned by its end, in the order of the matrix's columns."""
     recipe, config = entered.recipe, entered.recipe.eval.during
@@ -307,17 +329,49 @@ def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -
     return During(trainer, config, tasks, probes, collator)
 
 
-def _save_adapters(policy: Adapter, delta: Adapter, before: Serving, folder: Path) -> dict[str, Any]:
-    """Write a LoRA policy and its increment; how it is served."""
-    save_adapter(folder / "adapter", policy, before.base, before.revision)
+def _save_adapters(
+    policy: Adapter,
+    delta: Adapter,
+    base: ModelConfig,
+    before: Serving,
+    methods: Sequence[Method],
+    states: Mapping[str, Any],
+    folder: Path,
+) -> dict[str, Any]:
+    """Write a LoRA policy and its increment, and what a method has evaluated in its place; how that is served."""
     save_adapter(folder / "delta", delta, before.base, before.revision)
-    return {"kind": "adapter", "path": "adapter", "rank": rank(policy), "hash": hash_adapter(folder / "adapter")}
+    found = (method.served(policy, states[method.name]) for method in methods)
+    served = next((changes for changes in found if changes is not None), None)
+    if served is None:
+        save_adapter(folder / "adapter", policy, before.base, before.revision)
+        return _as_adapter(folder, policy)
+    save_adapter(folder / "carried", policy, before.base, before.revision)
+    if all(isinstance(change, Factors) or min(change.delta().shape) <= MAX_RANK for change in served.values()):
+        thin = concat([{name: c if isinstance(c, Factors) else c.factors() for name, c in served.items()}])
+        save_adapter(folder / "adapter", thin, before.base, before.revision)
+        return _as_adapter(folder, thin) | {"carried": "carried"}
+    model = load_model(base)
+    fold(model, served)
+    for part in (model, load_processor(base)):
+        part.save_pretrained(folder / "merged")
+    return _as_model(folder, "merged") | {"carried": "carried"}
 
 
-def _save_merged(carrier: Method, model: Any, processor: Any, folder: Path) -> dict[str, Any]:
+def _as_adapter(folder: Path, adapter: Adapter) -> dict[str, Any]:
+    digest = hash_adapter(folder / "adapter")
+    return {"kind": "adapter", "path": "adapter", "rank": rank(adapter), "hash": digest, "carried": None}
+
+
+def _as_model(folder: Path, kind: str) -> dict[str, Any]:
+    return {"kind": kind, "path": kind, "rank": None, "hash": hash_model(str(folder / kind)), "carried": None}
+
+
+def _save_merged(
+    carrier: Method, model: Any, processor: Any, methods: Sequence[Method], states: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     """Write what a method carries; how it is served."""
-    carrier.leave(model, processor, folder / "merged")
-    return {"kind": "merged", "path": "merged", "rank": None, "hash": hash_model(str(folder / "merged"))}
+    carrier.leave(model, processor, folder / carrier.carried_as)
+    return _as_model(folder, carrier.carried_as)
 
 
 def _state_file(folder: Path, name: str) -> Path:

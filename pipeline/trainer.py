@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,14 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
     idle: Sequence[nn.Parameter] = ()
     replays = Replays([], {})
     collator: Collator
+    coming: Sequence[
+        Any
+    ] = ()  # this process's micro-batches of the optimizer step that begins, as the collator made them
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The trainer's own, remembered for methods that look at a step's samples before it is taken."""
+        self.coming, items = super().get_batch_samples(*args, **kwargs)
+        return list(self.coming), items
 
     def take_on(self, entered: "Entered", methods: Sequence[Method], idle: Sequence[nn.Parameter]) -> None:
         """Work with a stage's methods from here on."""
@@ -53,7 +61,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
         """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
         beside, labels = inputs.pop(REPLAYED, []), inputs.pop(REPLAYED_LABELS, None)
         watch: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
-        if beside:
+        asked = any(method.needs_hidden for method in self.methods)
+        if beside or asked:
             watch = caught_states(self.model)
         with watch as states:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -73,6 +82,7 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
             last=self.accelerator.sync_gradients,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+            hidden=states[0] if asked else None,
         )
         seen = [Pass.inside(beside, states[0], labels)] if beside else self.apart(view)
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
@@ -97,34 +107,51 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
         All processes must go through to the end, for they make as many passes, at the same time.
         """
-        with _evaluating(model):
-            for one in self.passes(model, self.replays.drawn[method.name].indices):
-                if one.counts:
-                    yield from (seen for _, seen in self.replays.by_method(one))
+        for one in self.look_at(model, self.replays.drawn[method.name].indices):
+            yield from (seen for _, seen in self.replays.by_method(one))
 
     @torch.no_grad()
-    def output_head(self, method: Method) -> nn.Linear:
-        """What makes logits of last hidden states, tried on a sample of `method.replay`.
+    def look_at(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
+        """As `look`, samples of the stage by index: its own come first, as `finish` gets them."""
+        with evaluating(model):
+            yield from (one for one in self.passes(model, indices) if one.counts)
+
+    def gradients(self, indices: Sequence[int], of: Callable[[Tensor, Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The gradient of `of` for each sample by itself, with respect to what trains, by name, in evaluation mode.
+
+        `of` makes a scalar of a sample's last hidden states [tokens, units] and labels [tokens]. This process's part of
+        the samples, under the same condition as `look`; an optimizer's own gradients are left alone.
+        """
+        trained = trained_parameters(self.model)
+        with evaluating(self.model), torch.enable_grad():
+            for one in self.passes(self.model, indices, alone=True):
+                value = of(one.hidden[0, : one.tokens[0]], one.labels[0, : one.tokens[0]])
+                found = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
+                if one.counts:
+                    yield dict(zip(trained, found, strict=True))
+
+    @torch.no_grad()
+    def output_head(self, method: str) -> nn.Linear:
+        """What makes logits of last hidden states, tried on a sample of the stage for `method`.
 
         Raises `InputError` where logits are more than that, scaled or capped: a loss on them would be another model's.
         """
         model = self.model
         head = whole(unwrapped(model).get_output_embeddings())
-        sample = self.replays.samples[self.replays.drawn[method.name].indices[0]]
-        inputs = self._prepare_input(self.collator.collate([sample]))
+        inputs = self._prepare_input(self.collator.collate([self.replays.samples[0]]))
         del inputs["labels"]
-        with _evaluating(model), caught_states(model) as states, self.accelerator.autocast():
+        with evaluating(model), caught_states(model) as states, self.accelerator.autocast():
             wanted = model(**inputs, use_cache=False).logits
             found = head(states[0])
         if not torch.allclose(found.to(wanted.dtype), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
             problem = f"the logits of {type(unwrapped(model)).__name__} are not its output layer's"
-            raise InputError(problem, where="recipe", field=f"method.{method.name}")
+            raise InputError(problem, where="recipe", field=f"method.{method}")
         return head
 
-    def passes(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
-        """Replayed samples, by index, through `model`, as many as a micro-batch has of them at a time."""
+    def passes(self, model: nn.Module, indices: Sequence[int], alone: bool = False) -> Iterator[Pass]:
+        """Samples, by index, through `model`: `alone`, or as many as a micro-batch has at a time."""
         accelerator, replays = self.accelerator, self.replays
-        size = self.args.per_device_train_batch_size * accelerator.num_processes
+        size = (1 if alone else self.args.per_device_train_batch_size) * accelerator.num_processes
         for step in deal(indices, replays.has_images, size, accelerator.num_processes):
             mine = step[accelerator.process_index]
             batch = self.collator.collate([replays.samples[index] for index in mine.samples])
@@ -142,7 +169,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
     def _replay_terms(self, passes: Iterable[Pass]) -> Iterator[tuple[Method, Tensor]]:
         """A term of each method that replays: a zero where there is nothing to see, so that all log the same terms."""
-        methods = {method.name: method for method in self.methods if method.name in self.replays.drawn}
+        drawn = {name for name, drawn in self.replays.drawn.items() if drawn.per_batch}
+        methods = {method.name: method for method in self.methods if method.name in drawn}
         terms = {name: torch.zeros((), device=self.args.device) for name in methods}
         for one in passes:
             for name, seen in self.replays.by_method(one):
@@ -166,7 +194,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode."""
     training = model.training
     model.eval()
     try:

@@ -26,19 +26,34 @@ import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 import mcit.pipeline.stage as stage_script
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.serving import read_serving
 from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.recipe import ModulesConfig, load_recipe
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "der": {"buffer": 8, "per_batch": 3, "weight": 0.1, "label_weight": 0.5},
+    "ewc": {"weight": 0.1, "samples": 8},
+    "fpf": {"times": 2, "steps": 2, "buffer": 8, "per_batch": 3},
     "gere": {"per_batch": 3, "weight": 1},
+    "ilora": {"buffer": 8, "per_batch": 3, "decay": 0.5},
+    "interference": {"per_batch": 3},
+    "l2": {"weight": 0.1},
+    "l2p": {"pool": 4, "length": 2, "top": 2},
+    "moelora": {"experts": 2},
+    "mas": {"weight": 0.01, "samples": 8},
     "moextend": {"experts": 2, "layers": [1]},
+    "olora": {"weight": 0.01},
+    "refresh": {"step": 1e-2, "samples": 8},
     "reglora": {"weight": 100},
+    "replay": {"buffer": 8, "per_batch": 3},
 }
 # Where it does not train LoRA on the language model: what it trains instead, in which model.
 MIXTURE = tempfile.TemporaryDirectory(prefix="mcit-mixture-")
 EXPERTS = {f"model.language_model.layers.1.mlp.{part}" for part in ("gate.rows", "experts.new.gate_up_proj")}
+# The share of the adapters that trains: of five blocks two; of 20 matrices of attention half, of 15 of the MLPs seven.
+PART = {"freeze": 2 / 5, "hft": 17 / 35}
 EXPERTS |= {"model.language_model.layers.1.mlp.experts.new.down_proj"}
 
 RECIPE = """
@@ -151,27 +166,33 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         )
 
     @cache
-    def first(method: str) -> Trained:
+    def first(method: str, lineage: str) -> Trained:
         run = tmp_path_factory.mktemp("first")
         link(prepared[0], run, "00-base")
-        return run_one(run, 1, "sft", *keys(method, "stack", "sft"), *TEACH)
+        return run_one(run, 1, "sft", *keys(method, lineage, "sft"), *TEACH)
 
     @cache
     def second(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
-        one, run = first(method), tmp_path_factory.mktemp("second")
+        one, run = first(method, first_lineage(method)), tmp_path_factory.mktemp("second")
         link(one.folder.parents[1], run, "00-base", "01-colour")
         return [one, run_one(run, 2, paradigm, *keys(method, lineage, paradigm), *overrides)]
 
     return lambda section, *rest: second(json.dumps(section), *rest)
 
 
+def first_lineage(method: str) -> str:
+    """Of stage 1, which is the same in all but its name; one that the methods have."""
+    allowed = [METHODS[name].lineages for name in json.loads(method)]
+    return next(
+        lineage for lineage in ("stack", "fold", "continue", "independent") if all(lineage in has for has in allowed)
+    )
+
+
 def keys(method: str, lineage: str, paradigm: str) -> list[str]:
     """What a recipe says of a stage, `method` as JSON."""
     resolved = [f"method={method}", f"train.lineage={lineage}", f"train.paradigm={paradigm}"]
-    carried = any(
-        METHODS[name](METHODS[name].Config(**settings)).carries for name, settings in json.loads(method).items()
-    )
-    return [*resolved, f"base_model.path={mixture()}"] if carried else resolved
+    extended = json.loads(method).get("moextend", {}).get("experts", 0) > 0
+    return [*resolved, f"base_model.path={mixture()}"] if extended else resolved
 
 
 @cache
@@ -217,10 +238,22 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         for layer in target_names(tiny_model(), ModulesConfig())
         for factor in "AB"
     }
-    meant = {"moextend": EXPERTS}.get(name, adapter)
+    layers = target_names(tiny_model(), ModulesConfig())
+    meant = {
+        "moextend": EXPERTS,
+        "moelora": {f"{layer}.{part}" for layer in layers for part in ("a", "b", "router")},
+        "osf": {
+            f"base_model.model.{layer}.osf_svd_params.default.{part}"
+            for layer in layers
+            for part in ("U_low", "S_low", "V_low")
+        },
+        "l2p": {f"model.language_model.prompt_pool.{part}" for part in ("keys", "prompts")},
+    }.get(name, adapter)
     for stage in train(section(name), lineage, paradigm):
-        assert stage.trainable == meant and stage.before.keys() == stage.after.keys()
-        assert {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])} == meant
+        assert len(stage.trainable) == round(len(meant) * PART.get(name, 1)) and stage.trainable <= meant
+        assert stage.before.keys() == stage.after.keys()
+        changed = {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])}
+        assert changed == stage.trainable
 
 
 @every_way
@@ -234,6 +267,31 @@ def test_a_state_that_was_saved_trains_like_the_one_in_memory(
     monkeypatch.setattr(stage_script, "_load_state", lambda _, method: first.states[method.name])
     again = train(section(name), lineage, paradigm, "seed=0")[1]  # the default, spelt out: trained once more
     assert again is not second and same(again.after, second.after)
+
+
+@pytest.mark.parametrize(
+    ("name", "lineage"),
+    take_one(
+        [
+            (name, lineage)
+            for name, method in METHODS.items()
+            if method.served is not Method.served and method.callbacks is Method.callbacks
+            for lineage in method.lineages
+        ],
+        ("magmax", "continue"),
+    ),
+)
+def test_what_is_evaluated_in_the_policys_place_leaves_training_alone(train: Train, name: str, lineage: str) -> None:
+    sequential, other = (train(method, lineage, "sft") for method in ({}, section(name)))
+    for one, two in zip(sequential, other, strict=True):
+        assert same(one.after, two.after)
+        serving = read_serving(two.folder)
+        assert (serving.kind, serving.path, serving.carried) == ("adapter", "adapter", "carried")
+        policy, carried, served = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (one.folder / "adapter", two.folder / "carried", two.folder / "adapter")
+        )
+        assert same(policy, carried) and not same(policy, served)
 
 
 @every_way
@@ -265,7 +323,7 @@ def test_two_processes_are_one(train: Train, prepared: tuple[Path, Path], tmp_pa
         if state:
             loaded = load_file(together / "method" / f"{method}.safetensors")
             assert loaded.keys() == state.keys()
-            close = {key: torch.isclose(loaded[key].float(), value.float(), 0, 1e-5) for key, value in state.items()}
+            close = {key: torch.isclose(loaded[key].float(), value.float(), 1e-3, 1e-5) for key, value in state.items()}
             equal = [mask.float().mean().item() for mask in close.values()]
             assert min(equal) > 0.99  # what a threshold decides may swap
 

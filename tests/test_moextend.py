@@ -255,6 +255,6 @@ def test_it_trains_nothing_else() -> None:
     with pytest.raises(InputError, match="moextend trains nothing but its own weights"):
         build_methods({"moextend": {}}, train)
     build_methods({"moextend": {"experts": 0}}, train)
-    with pytest.raises(InputError, match=r"method\.moextend: does not work together with reglora"):
+    with pytest.raises(InputError, match=r"method\.reglora: does not work together with moextend"):
         build_methods({"reglora": {}, "moextend": {}}, TrainConfig())
     assert Added._fields == ("gate_up", "down", "rows")  # the names in a stage's state

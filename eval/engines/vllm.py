@@ -268,6 +268,8 @@ class VllmEngine:
 
 def why_not_vllm(policy: Policy) -> str | None:
     """Why vLLM cannot serve a policy's model, or None if nothing speaks against it. Imports vLLM."""
+    if policy.extension:
+        return "it has no layers of a method's own"
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     try:

@@ -44,7 +44,9 @@ class RegLora(Method):
     paper = "SEFE, ICML 2025, arXiv 2505.02486"
     category = "regularisation"
     keeps = "nothing"
+    cost = "4 bits an adapted weight; once per step the product of its factors, and its gradients"
     lineages = ("stack", "fold")
+    needs_lora = True
     Config = RegLoraConfig
     neutral = {"weight": 0}  # noqa: RUF012
 

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
-from ..base import Method
+from ..base import Method, Past
 from .experts import Added, append, copies, count, extend, merge, nudged, trained
 from .models import blocks_of, save
 from .usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
@@ -56,10 +56,11 @@ class MoExtend(Method):
     paper = "MoExtend, ACL 2024 SRW, arXiv 2408.03511"
     category = "architecture"
     keeps = "nothing"
+    cost = "grows: experts of its own a stage; a whole model on disk each"
     lineages = ("stack", "independent")
     paradigms = ("sft",)
     distributed = ("single", "ddp", "zero2")
-    conflicts = ("reglora",)
+    conflicts = ("freeze", "hft")
     Config = MoExtendConfig
     neutral: ClassVar[dict[str, Any]] = {"experts": 0}
 
@@ -69,7 +70,7 @@ class MoExtend(Method):
     def carries(self) -> bool:
         return self.config.experts > 0
 
-    def data(self, stage: "Stage", samples: list[schema.Sample]) -> list[schema.Sample]:
+    def data(self, stage: "Stage", samples: list[schema.Sample], past: Past, state: Any) -> list[schema.Sample]:
         self.stage, self.samples = stage, samples
         return samples
 
