@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.errors import InputError
@@ -11,7 +11,8 @@ from mcit.data_prep.errors import InputError
 from .layers import nearest
 
 if TYPE_CHECKING:
-    from .recipe import Stage, TrainConfig
+    from .methods import Method
+    from .recipe import Recipe, Stage, TrainConfig
     from .stage import Entered
 
 # Arguments of TRL's configs that a recipe may not set, by what to do instead: they follow from the recipe, or would
@@ -53,6 +54,7 @@ _INSTEAD = {
         *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged"),
     ],
 }
+DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
 OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names}
 
 
@@ -85,6 +87,18 @@ def check_reference(train: "TrainConfig") -> None:
             field="train.rft.args.beta",
             remedy="Give the KL a weight (MLLM-CTBench 0.04, RFT paper 0.01), or set train.reference: none and beta: 0",
         )
+
+
+def check_mode(recipe: "Recipe", methods: Iterable["Method"], mode: str) -> None:
+    """Refuse a launch that a method, or being asked while it trains, does not work under. Raises `InputError`."""
+    if mode not in DISTRIBUTED:
+        raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
+    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
+        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
+    for method in methods:
+        if mode not in method.distributed:
+            remedy = f"It runs under {', '.join(method.distributed)}"
+            raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}", remedy=remedy)
 
 
 def try_config(stage: "Stage") -> None:

@@ -18,6 +18,7 @@ from .batches import deal
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .methods import Method, StepView
 from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
+from .resume import Resumable
 from .zero3 import gather, whole
 
 if TYPE_CHECKING:
@@ -25,10 +26,8 @@ if TYPE_CHECKING:
 
     from .stage import Entered
 
-_Mixin: Any = object  # so that what is TRL's is not looked for here
 
-
-class MethodLoss(_Mixin):  # type: ignore[misc]
+class MethodLoss(Resumable):
     """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss` and `Method.replay_loss`.
 
     `idle` are the trained parameters that a batch may leave out of the graph (`idle_parameters`). They get a gradient
@@ -45,6 +44,7 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
         """Work with a stage's methods from here on."""
         self.methods, self.idle, self.replays = methods, idle, entered.replays
         self.collator = Collator(entered.processor, [], entered.max_length)
+        self.stateful.update({f"method.{method.name}": method for method in methods})
         self.add_callback(Begin(entered, self))
 
     def compute_loss(
