@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mcit.data_prep.errors import InputError
 
 from .layers import nearest
+from .trackers import usual_settings
 
 if TYPE_CHECKING:
     from .methods import Method
@@ -127,7 +128,7 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
     )
     on_cpu = not torch.accelerator.is_available()
     defaults = {
-        "report_to": "none",
+        **usual_settings(entered.recipe.name, entered.stage.folder),
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": not on_cpu,
         # So that a GPU does not wait for pictures; on a CPU they would take the cores that train.

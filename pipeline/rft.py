@@ -51,7 +51,8 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
 
     def between_batches(self) -> bool:
         """Whether everything that was generated has been learned from: checkpoints hold no rollouts."""
-        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        args: Any = self.args
+        return self._step % (args.steps_per_generation * self.num_iterations) == 0
 
     def apart(self, view: StepView) -> Iterator[Pass]:
         """The replayed samples of this optimizer step."""

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -38,6 +37,7 @@ from .disk import check_disk, lora_shapes, stage_needs
 from .during import During, choose_probes
 from .inputs import entering_hashes, stage_inputs
 from .lineage import enter, freeze, leave, target_names
+from .live import Live, stage_cost
 from .locks import locked
 from .methods import Method, build_methods
 from .preemption import EXIT_CODE, Preempted, deferred, preemptible
@@ -45,7 +45,8 @@ from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .replay import Replays
 from .resume import Checkpointing, Interval
 from .schedule import trained_in
-from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from .trackers import set_environment
+from .trainer import LOWER, FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
 from .workplace import Workplace, is_first_process
 from .zero3 import keep_whole
 
@@ -226,8 +227,9 @@ def _train_stage(
         before,
         previous,
         work.folder,
-        [*callbacks, FiniteLoss()],
+        [*callbacks, FiniteLoss(stage)],
     )
+    set_environment(recipe.name, stage.folder, run_dir, work.fingerprint)
     trainer: Any = make_trainer(entered)
     trainer.take_on(entered, methods, idle_parameters(tuned))
     trainer.mode = mode = _mode(trainer)
@@ -241,6 +243,7 @@ def _train_stage(
         work.claim()
     trainer.accelerator.wait_for_everyone()
     checkpoint = trainer.last_checkpoint(notes := list[str]())
+    trainer.add_callback(live := Live(work.folder, start))
     during = _during(entered, trainer, run_dir, context) if recipe.eval.during else None
     if during:
         trainer.stateful["during"] = during
@@ -253,13 +256,15 @@ def _train_stage(
         except Preempted:
             trainer.accelerator.end_training()
             raise
-        _check_trained(k, untrained.fingerprint, fingerprint(tuned))
+        _check_trained(stage, untrained.fingerprint, fingerprint(tuned))
         size = sum(parameter.numel() for parameter in trained_parameters(tuned).values())
         if carrier:
             save = partial(_save_merged, carrier, tuned, processor)
         else:
             save = partial(_save_adapters, *leave(tuned, previous, stage.train), before)
         states = {method.name: method.finish(tuned, samples) for method in methods}
+        seconds = live.seconds
+        cost = stage_cost(trainer, seconds, stage.train.global_batch_size)
         if trainer.accelerator.is_main_process:
             output = work.finished
             served = save(output)
@@ -269,13 +274,13 @@ def _train_stage(
             write_serving(output, before.model_copy(update={"stage": k, "name": stage.name, **served}))
             summary = {
                 "fingerprint": work.fingerprint,
-                "seconds": round(time.monotonic() - start, 3),
+                "seconds": seconds,
                 "steps": trainer.state.global_step,
                 "samples": len(samples),
                 "processes": trainer.accelerator.num_processes,
                 "mode": mode,
                 "trained_parameters": size,
-                "peak_memory_bytes": _peak_memory(),
+                "cost": cost,
                 "notes": notes,
             }
             if during:
@@ -287,12 +292,14 @@ def _train_stage(
         trainer.accelerator.end_training()
 
 
-def _check_trained(k: int, before: dict[str, float], after: dict[str, float]) -> None:
-    """Training has moved weights, and to where numbers are."""
+def _check_trained(stage: Stage, before: dict[str, float], after: dict[str, float]) -> None:
+    """Training has moved weights, and to where numbers are. Raises `InputError`."""
+    where, field = f"stage {stage.name}", f"train.{stage.train.paradigm}.args"
     if not all(math.isfinite(value) for value in after.values()):
-        raise RuntimeError(f"stage {k}: training ended with weights that are not finite")
+        raise InputError("training ended with weights that are not finite", where=where, field=field, remedy=LOWER)
     if before == after:
-        raise RuntimeError(f"stage {k}: training changed no weight")
+        remedy = "Look at the learning rate, the number of steps and the rewards"
+        raise InputError("training changed no weight", where=where, field=field, remedy=remedy)
 
 
 def load_model(base: ModelConfig) -> Any:
@@ -380,10 +387,3 @@ def _mode(trainer: "Trainer") -> str:
     if plugin is not None:
         return f"zero{max(plugin.zero_stage, 2)}"
     return "ddp" if trainer.accelerator.num_processes > 1 else "single"
-
-
-def _peak_memory() -> int:
-    """Of this process: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -24,6 +24,7 @@ from .zero3 import gather, whole
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from .recipe import Stage
     from .stage import Entered
 
 
@@ -186,12 +187,19 @@ class Begin(TrainerCallback):
             method.begin(self.entered, self.trainer)
 
 
+LOWER = "Lower the learning rate, or clip gradients (max_grad_norm)"
+
+
 class FiniteLoss(TrainerCallback):
-    """Stops a training whose loss is no longer a number."""
+    """Refuses to train on once the loss is no longer a number. What was trained before stays."""
+
+    def __init__(self, stage: "Stage"):
+        self.where, self.field = f"stage {stage.name}", f"train.{stage.train.paradigm}.args"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise RuntimeError(f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate")
+        if not math.isfinite(loss := (logs or {}).get("loss", 0.0)):
+            problem = f"the loss is {loss} at step {state.global_step}"
+            raise InputError(problem, where=self.where, field=self.field, remedy=LOWER)
 
 
 class ReallyDistributed(TrainerCallback):

@@ -3,11 +3,24 @@
 import os
 import shutil
 from pathlib import Path
+from typing import TypedDict
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
 
 from .checkpoints import Checkpoints
+
+LIVE = "live.json"
+
+
+class Progress(TypedDict):
+    """`live.json`: how far the stage is."""
+
+    step: int
+    steps: int
+    loss: float | None
+    seconds: float  # of all attempts so far
+    left: float | None  # seconds, if it goes on as since it was started
 
 
 def work_folder(stage_dir: Path) -> Path:
@@ -49,6 +62,15 @@ class Workplace:
             return bool(read_json(file).get("fingerprint") == self.fingerprint)
         except (InputError, AttributeError):  # absent, or torn
             return False
+
+
+def read_progress(folder: Path) -> Progress | None:
+    """How far the stage is that works in `folder`."""
+    try:
+        progress: Progress = read_json(folder / LIVE)
+        return progress
+    except InputError:  # absent
+        return None
 
 
 def is_first_process() -> bool:

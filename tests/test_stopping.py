@@ -22,6 +22,7 @@ from mcit.pipeline.run import start_run, train_stage
 from mcit.pipeline.step import Launch
 
 OVERRIDES = ("train.sft.args.max_steps=60", "train.checkpoint_every=1", "train.lora.dropout=0.1")
+PATIENT = 400.0  # seconds, on a loaded machine
 CODE = "from mcit.pipeline.cli import main; main()"
 
 
@@ -59,10 +60,10 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path) -> Non
     """Asked to stop, it ends by itself with a checkpoint; of one that is killed, the stage is asked to."""
     lock = folder / "stopped" / "steps" / "train-1.lock"
     with start_mcit(folder, "stopped") as mcit:
-        wait_for(lambda: steps(folder, "stopped") >= 2)
+        wait_for(lambda: steps(folder, "stopped") >= 2, PATIENT)
         children = psutil.Process(mcit.pid).children(recursive=True)
         mcit.terminate()
-        said = mcit.communicate(timeout=100)[1]
+        said = mcit.communicate(timeout=PATIENT)[1]
     assert mcit.returncode == EXIT_CODE and "the same command goes on from here" in said
     assert not any(child.is_running() for child in children) and holder(lock) is None
     log = (folder / "stopped" / "logs" / "train-1.log").read_text()
@@ -70,9 +71,9 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path) -> Non
 
     first = steps(folder, "stopped")
     with start_mcit(folder, "stopped") as mcit:
-        wait_for(lambda: steps(folder, "stopped") >= first + 2)
+        wait_for(lambda: steps(folder, "stopped") >= first + 2, PATIENT)
         mcit.kill()
-    wait_for(lambda: holder(lock) is None and holder(lock.with_name("stage-1.lock")) is None, 100)
+    wait_for(lambda: holder(lock) is None and holder(lock.with_name("stage-1.lock")) is None, PATIENT)
     assert (
         f"stopped after step {steps(folder, 'stopped')};" in (folder / "stopped" / "logs" / "train-1.log").read_text()
     )
