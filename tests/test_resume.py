@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
-from training import launch, make_run, uneven
+from training import TINY, launch, make_run, uneven
 
-from mcit.data_prep.files import read_json, read_jsonl, write_json
+from mcit.data_prep.files import read_json, read_jsonl, write_json, write_jsonl
+from mcit.eval.hashing import hash_model
+from mcit.eval.serving import read_serving, write_serving
 from mcit.pipeline.resume import Interval
 
 RECIPE = """
@@ -184,6 +186,46 @@ def test_a_method_goes_on_from_its_own_state(context: Any, tmp_path: Path) -> No
     for run in runs:
         train(context, run, *growing)
     assert outcome(runs[0][0]) == outcome(runs[1][0])
+
+
+def evaluate(run: Path, kill_after: int) -> None:
+    """Evaluate the base on its task, one answer at a time; killed when it has so many."""
+    from mcit.eval.config import EvalConfig
+    from mcit.eval.engines.transformers import TransformersEngine
+    from mcit.eval.evaluate import evaluate_cells
+
+    stream = TransformersEngine.stream
+
+    def watched(*args: Any) -> Iterator[Any]:
+        for count, answer in enumerate(stream(*args)):
+            if count == kill_after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield answer
+
+    TransformersEngine.stream = watched  # type: ignore[method-assign]
+    config = EvalConfig(engine="transformers", batch_size=1, max_new_tokens=4)
+    evaluate_cells(run, [(0, "colour")], config, cache=run / "cache")
+
+
+def test_an_evaluation_that_is_killed_goes_on_at_the_next_answer(context: Any, tmp_path: Path) -> None:
+    answers = []
+    for name, kills in (("whole", ()), ("killed", (2, 3))):
+        make_run(tmp_path / name, samples(), RECIPE)
+        write_jsonl(tmp_path / name / "data" / "colour" / "test.jsonl", samples()["colour"][:8])
+        base, digest = tmp_path / name / "stages" / "00-base", hash_model(str(TINY))
+        write_serving(base, read_serving(base).model_copy(update={"base_hash": digest, "hash": digest}))
+        predictions = tmp_path / name / "predictions" / "00"
+        for number, kill_after in enumerate((*kills, 99)):
+            process = context.Process(target=evaluate, args=(tmp_path / name, kill_after))
+            process.start()
+            process.join()
+            assert process.exitcode == (0 if kill_after == 99 else -signal.SIGKILL)
+            if kill_after < 99:  # the header, and the answers of all attempts so far
+                assert len((predictions / "colour.partial.jsonl").read_text().splitlines()) == 1 + sum(
+                    kills[: number + 1]
+                )
+        answers.append(read_jsonl(predictions / "colour.jsonl"))
+    assert answers[0] == answers[1] and len(answers[0]) == 8
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def steps(folder: Path, run: str) -> int:
 
 
 def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path) -> None:
-    """Asked to stop, it ends by itself with a checkpoint; of one that is killed, the stage is asked to."""
+    """Asked to stop, it ends by itself with a checkpoint; one that is killed leaves nobody at work behind it."""
     lock = folder / "stopped" / "steps" / "train-1.lock"
     with start_mcit(folder, "stopped") as mcit:
         wait_for(lambda: steps(folder, "stopped") >= 2, PATIENT)
@@ -74,10 +74,7 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path) -> Non
         wait_for(lambda: steps(folder, "stopped") >= first + 2, PATIENT)
         mcit.kill()
     wait_for(lambda: holder(lock) is None and holder(lock.with_name("stage-1.lock")) is None, PATIENT)
-    assert (
-        f"stopped after step {steps(folder, 'stopped')};" in (folder / "stopped" / "logs" / "train-1.log").read_text()
-    )
-    assert steps(folder, "stopped") < 60
+    assert first + 2 <= steps(folder, "stopped") < 60
 
     policies = []
     for name in ("stopped", "whole"):
