@@ -21,7 +21,7 @@ from .preemption import EXIT_CODE, PATIENCE, SIGNALS, Preempted, deaf_children
 _WATCHDOG = f"""
 read group; read ended && exit
 kill -s TERM -- "-$group"
-for second in $(seq {PATIENCE}); do sleep 1; kill -s 0 -- "-$group" || exit; done
+for second in $(seq {PATIENCE}); do sleep 1; kill -s $0 -- "-$group" || exit; done
 kill -s KILL -- "-$group"
 """
 _EXIT = re.compile(r"exit status (\d+)|exitcode\s*: (\d+)")  # what accelerate and torch say of a process that fails
@@ -50,8 +50,7 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=100)
     refused = None
-    deaf = SIGNALS if launcher else (signal.SIGUSR1,)
-    with open(log, "wb") as file, _watched(command, env, file, keep_open, deaf) as child:
+    with open(log, "wb") as file, _watched(command, env, file, keep_open, launcher) as child:
         assert child.stdout is not None
         for line in _lines(child.stdout, file):
             last.append(line)
@@ -73,21 +72,22 @@ def _watched(
     env: Mapping[str, str],
     log: IO[bytes],
     keep_open: Sequence[int],
-    deaf: Sequence[signal.Signals],
+    launcher: bool,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """The child in a process group of its own, stopped when the block is left by an error or this process dies.
 
-    What a launcher that died has left of its group does not outlive the block either.
+    What a launcher that died has left of its group does not outlive the block either. A launcher's group is asked again
+    and again: what it has not started yet would not hear it.
     """
     with deaf_children(*SIGNALS):
         watchdog = subprocess.Popen(
-            ["sh", "-c", _WATCHDOG],
+            ["sh", "-c", _WATCHDOG, "TERM" if launcher else "0"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-    with deaf_children(*deaf):
+    with deaf_children(*(SIGNALS if launcher else (signal.SIGUSR1,))):
         child = subprocess.Popen(
             command,
             env=env,
@@ -104,26 +104,29 @@ def _watched(
         yield child
     finally:
         if child.poll() is None or _lives(child.pid):
-            _stop(child, log)
+            _stop(child, log, again=launcher)
         with contextlib.suppress(BrokenPipeError):
             watchdog.stdin.write(b"ended\n")
             watchdog.stdin.close()
         watchdog.wait()
 
 
-def _stop(child: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    """Ask the child's group to stop, and kill it if that takes more than `PATIENCE`. What it still says is logged."""
+def _stop(child: subprocess.Popen[bytes], log: IO[bytes], again: bool) -> None:
+    """Ask the child's group to stop, once or `again` and again, and kill it if that takes more than `PATIENCE`.
+
+    What it still says is logged.
+    """
     assert child.stdout is not None
     rest = threading.Thread(target=deque, args=(_lines(child.stdout, log), 0), daemon=True)
     rest.start()
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, sign)
-        end = time.monotonic() + PATIENCE
-        while (alive := child.poll() is None or _lives(child.pid)) and time.monotonic() < end:
-            time.sleep(0.05)
-        if not alive:
-            break
+    start, asked = time.monotonic(), -1.0
+    while child.poll() is None or _lives(child.pid):
+        passed = time.monotonic() - start
+        if passed - asked >= 1 and (again or asked < 0 or passed > PATIENCE):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM if passed < PATIENCE else signal.SIGKILL)
+            asked = passed
+        time.sleep(0.05)
     rest.join(1.0)
 
 

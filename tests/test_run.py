@@ -265,7 +265,7 @@ def test_a_killed_run_continues_from_the_last_finished_step(folder):
 
     prepared = stamps(folder)
     kill_when(start_mcit(folder), (folder / "run" / "logs" / "train-1.log").exists)  # inside stage 1
-    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None, 30)
+    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None)
     assert states(run)["train/1"] == "left"
     assert {name: stamps(folder)[name] for name in prepared} == prepared
 
