@@ -31,7 +31,7 @@ TINY = RECIPES / "mini" / "tiny_vlm"
 COLOURS = ("red", "green", "blue", "white")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"

@@ -147,7 +147,7 @@ def launch(
         *("--recipe", str(recipe), "--stage", str(stage), "--run-dir", str(run), *overrides),
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=800
     )
     assert bool(done.returncode) == fails, done.stderr[-4000:]
     return done.stdout + done.stderr
