@@ -73,6 +73,18 @@ class Hashes(TypedDict):
     policies: list[str | None]  # stage → what was served; None where the stage has not been trained
 
 
+class StageCost(TypedDict):
+    """What the training of a stage took, over all its processes and attempts."""
+
+    steps: int  # of the optimizer
+    samples: int  # that it learned from, each as often as it did; of RFT completions
+    tokens: int  # of those, images included; of RFT prompts and completions
+    process_hours: float
+    gpu_hours: float  # 0 without a GPU
+    peak_host_bytes: int  # resident, of the process that took most
+    peak_gpu_bytes: int | None  # allocated, of the process that took most
+
+
 class Seconds(TypedDict):
     """Wall-clock time of the steps that are done."""
 
@@ -108,6 +120,7 @@ class Results(TypedDict):
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
     seconds: Seconds
+    cost: NotRequired[list[StageCost | None]]  # stage → its training; None for the base and for stages not done
 
 
 def assemble_results(
@@ -198,6 +211,8 @@ def assemble_results(
         if "images" in results:
             results["general"]["images"] = _tables(columns, "images", Images.__annotations__)
         results["metrics"] |= general_metrics(results["general"])
+    if any(costs := [(marker or {}).get("trained", {}).get("cost") for marker in trained]):
+        results["cost"] = costs
     if curves := _curves(folders[1:], {task: info["test_hash"] for task, info in tasks.items()}):
         results["curves"] = curves
         results["metrics"] |= curves_metrics(curves, learned, len(stages))

@@ -3,15 +3,17 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.errors import InputError
 
 from .layers import nearest
+from .trackers import usual_settings
 
 if TYPE_CHECKING:
-    from .recipe import Stage, TrainConfig
+    from .methods import Method
+    from .recipe import Recipe, Stage, TrainConfig
     from .stage import Entered
 
 # Arguments of TRL's configs that a recipe may not set, by what to do instead: they follow from the recipe, or would
@@ -55,6 +57,7 @@ _INSTEAD = {
         *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged"),
     ],
 }
+DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
 OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names}
 
 
@@ -89,6 +92,18 @@ def check_reference(train: "TrainConfig") -> None:
         )
 
 
+def check_mode(recipe: "Recipe", methods: Iterable["Method"], mode: str) -> None:
+    """Refuse a launch that a method, or being asked while it trains, does not work under. Raises `InputError`."""
+    if mode not in DISTRIBUTED:
+        raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
+    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
+        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
+    for method in methods:
+        if mode not in method.distributed:
+            remedy = f"It runs under {', '.join(method.distributed)}"
+            raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}", remedy=remedy)
+
+
 def try_config(stage: "Stage") -> None:
     """Whether TRL takes the values of a stage's arguments. Not in a process that trains: it settles on the CPU."""
     from trl import GRPOConfig, SFTConfig
@@ -115,7 +130,7 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
     )
     on_cpu = not torch.accelerator.is_available()
     defaults = {
-        "report_to": "none",
+        **usual_settings(entered.recipe.name, entered.stage.folder),
         "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": not on_cpu,
         # So that a GPU does not wait for pictures; on a CPU they would take the cores that train.

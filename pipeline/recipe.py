@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open
@@ -81,8 +83,20 @@ class TrainConfig(Config):
     max_length: int | None = Field(
         default=None, gt=0
     )  # tokens of a sample, images included; default: the model's context
+    # Optimizer steps, or `90s`, `10m`, `2h`, or `never`, between checkpoints inside a stage. Changes no result.
+    checkpoint_every: int | str = "10m"
     sft: SftSection = Field(default_factory=SftSection)
     rft: RftSection = Field(default_factory=RftSection)
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _steps_or_time(cls, value: Any) -> Any:
+        steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if steps or (isinstance(value, str) and re.fullmatch(r"never|[1-9]\d*[smh]", value)):
+            return value
+        raise PydanticCustomError(
+            "checkpoint_every", "is neither a number of steps nor a time (90s, 10m, 2h) nor `never`"
+        )
 
 
 def _kind_of_entry(entry: Any) -> str:

@@ -40,13 +40,19 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> GroupSampler:
         args: Any = self.args
-        return GroupSampler(
+        self.sampler = GroupSampler(
             self.has_images,
             prompts=args.generation_batch_size // args.num_generations,
             group=args.num_generations,
             repeats=self.num_iterations * args.steps_per_generation,
             seed=args.seed,
         )
+        return self.sampler
+
+    def between_batches(self) -> bool:
+        """Whether everything that was generated has been learned from: checkpoints hold no rollouts."""
+        args: Any = self.args
+        return self._step % (args.steps_per_generation * self.num_iterations) == 0
 
     def apart(self, view: StepView) -> Iterator[Pass]:
         """The replayed samples of this optimizer step."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json
@@ -14,7 +14,7 @@ from mcit.eval.hashing import hub_commit
 from mcit.eval.report.words import old_task_verdicts
 from mcit.eval.results import read_results
 
-from .arguments import split_batch
+from .arguments import check_mode, split_batch
 from .doctor import environment
 from .layers import read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
@@ -24,6 +24,9 @@ from .step import Launch, Step
 from .steps import Run
 from .tasks import tasks_of
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from .methods import Method
 
 
 def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> Run:
@@ -54,6 +57,7 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
         raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
     _check_files(recipe)
     _check_batches(recipe, launch)
+    check_mode(recipe, _methods(recipe), launch.mode)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
     if recipe.start_from is not None:
@@ -140,6 +144,15 @@ def _check_batches(recipe: Recipe, launch: Launch) -> None:
             split_batch(stage.train.global_batch_size, launch.processes, per_device)
 
 
+def _methods(recipe: Recipe) -> list["Method"]:
+    """Those of all stages."""
+    if not recipe.method:
+        return []
+    from .methods import build_methods  # here: needs torch
+
+    return [method for stage in recipe.stages for method in build_methods(recipe.method, stage.train)]
+
+
 def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
     """A Hub id with the commit it stands for, so that every stage loads the same; a folder as it is."""
     if Path(model.path).is_dir():
@@ -183,7 +196,7 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
     if step.name.startswith("train/"):
         trained, during = marker["trained"], marker["trained"].get("during")
         asked = f", {during['seconds']:.1f} s of it for {during['evaluations']} evaluations" if during else ""
-        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
+        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}", *trained["notes"]]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
     if step.name == "publish":

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import resource
 import shutil
 import sys
 import time
@@ -24,7 +23,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 from trl.models import prepare_deepspeed
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import write_json, write_jsonl
+from mcit.data_prep.files import hash_json, write_json, write_jsonl
 from mcit.data_prep.prepare import image_path, read_samples, read_task
 from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import PreparedTask, Sample
@@ -32,17 +31,25 @@ from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .adapters import Adapter, Factors, concat, hash_adapter, rank, save_adapter
-from .arguments import check_stage, deepspeed, processes
+from .arguments import check_mode, check_stage, deepspeed, processes
 from .collator import Collator
+from .disk import check_disk, lora_shapes, stage_needs
 from .during import During, choose_probes
-from .lineage import enter, fold, freeze, leave
+from .inputs import entering_hashes, stage_inputs
+from .lineage import enter, fold, freeze, leave, target_names
+from .live import Live, stage_cost
+from .locks import locked
 from .methods import Method, build_methods
+from .preemption import EXIT_CODE, Preempted, deferred, preemptible
 from .quantization import keep_trainable, quantised_options
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .replay import Replays
+from .resume import Checkpointing, Interval
 from .schedule import trained_in
 from .start import stages_behind
-from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from .trackers import set_environment
+from .trainer import LOWER, FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from .workplace import Workplace, is_first_process
 from .zero3 import keep_whole
 
 if TYPE_CHECKING:
@@ -81,7 +88,6 @@ class Entered:
 
 
 MakeTrainer = Callable[[Entered], "Trainer"]
-DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
 # Parameters below which threads wait for each other longer than they work: 63 steps of the embedded model take 12 s
 # with one thread and, on two cores, 14 to 27 with two.
 _TINY = 10_000_000
@@ -104,9 +110,13 @@ def main(paradigm: str, make_trainer: MakeTrainer) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        here = Path(options.recipe) if Path(options.recipe).is_dir() else Path("runs") / recipe.name
-        run_stage(recipe, options.stage, options.run_dir or here, paradigm, make_trainer)
+        with preemptible():
+            recipe = load_recipe(options.recipe, options.overrides)
+            here = Path(options.recipe) if Path(options.recipe).is_dir() else Path("runs") / recipe.name
+            run_stage(recipe, options.stage, options.run_dir or here, paradigm, make_trainer)
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
     except InputError as error:
         # Every process says it: the launcher kills the others when the first one ends. A worker of the data loader
         # wraps its own in a traceback.
@@ -122,7 +132,8 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     """Train stage `k` and write `RUN/stages/<kk>-<name>/`; every process of a launch calls it.
 
     Needs the prepared data in `RUN/data/` and the stage before, as `serving.json` in its folder (stage 0: the base).
-    Raises `InputError`.
+    Goes on from the last checkpoint, if there is one. Raises `InputError`, and `Preempted` after a checkpoint when the
+    process was asked to stop.
     """
     if not 1 <= k <= len(recipe.stages):
         raise InputError(
@@ -137,9 +148,26 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
             field="train.paradigm",
             remedy=f"Start pipeline/{stage.train.paradigm}.py",
         )
-    start = time.monotonic()
-    stages = run_dir / "stages"
-    before_dir = stages / (recipe.stages[k - 2].folder if k > 1 else "00-base")
+    before_dir = run_dir / "stages" / (recipe.stages[k - 2].folder if k > 1 else "00-base")
+    inputs = stage_inputs(recipe, stage, run_dir, entering_hashes(before_dir))
+    work = Workplace(run_dir / "stages" / stage.folder, hash_json(inputs))
+    with contextlib.ExitStack() as stack:
+        if is_first_process():
+            lock = run_dir / "steps" / f"stage-{k}.lock"  # for whoever starts a stage by hand; runs lock the step
+            stack.enter_context(locked(lock, f"stage {k} of {run_dir}"))
+        if work.is_done():
+            print(f"stage {k} is done: {work.stage_dir}", flush=True)
+        else:
+            _train_stage(recipe, stage, run_dir, before_dir, work, make_trainer)
+        if is_first_process():
+            work.remove()
+
+
+def _train_stage(
+    recipe: Recipe, stage: Stage, run_dir: Path, before_dir: Path, work: Workplace, make_trainer: MakeTrainer
+) -> None:
+    """`run_stage`, after what can be refused at once."""
+    start, k = time.monotonic(), stage.k
     before = read_serving(before_dir)
     methods = build_methods(recipe.method, stage.train)
     carrier = next((method for method in methods if method.carries), None)
@@ -149,7 +177,6 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         raise InputError(problem, where=before_dir / "serving.json")
     entering = before.carried or (before.path if before.kind == "adapter" else None)
     previous = before_dir / entering if entering else None
-    output = stages / f".{stage.folder}.partial"
 
     tasks = {name: read_task(run_dir / "data" / name) for name in (*stage.tasks, *stage.visitors)}
     samples = _trained(recipe, stage, run_dir)
@@ -164,11 +191,14 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
     replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
-    seed = (recipe.seed * 1_000_003 + stages_behind(stages / "00-base") + k) % 2**31
+    seed = (recipe.seed * 1_000_003 + stages_behind(run_dir / "stages" / "00-base") + k) % 2**31
     set_seed(seed)
     model, processor = load_model(recipe.base_model), load_processor(recipe.base_model)
     if not torch.cuda.is_available() and model.num_parameters() < _TINY:
         torch.set_num_threads(1)
+    if is_first_process():
+        shapes = lora_shapes(model, target_names(model, stage.train.modules))
+        check_disk(run_dir, stage_needs(stage, model, shapes, before.rank or 0, methods), f"stage {k}")
     context = model.config.get_text_config().max_position_embeddings
     max_length = min(stage.train.max_length or context, context)
     if carrier:
@@ -192,63 +222,80 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer
         max_length,
         before,
         previous,
-        output,
-        [*callbacks, FiniteLoss()],
+        work.folder,
+        [*callbacks, FiniteLoss(stage)],
     )
+    set_environment(recipe.name, stage.folder, run_dir, work.fingerprint)
     trainer: Any = make_trainer(entered)
     trainer.take_on(entered, methods, idle_parameters(tuned))
-    mode = _mode(trainer)
-    if mode not in DISTRIBUTED:
-        raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
-    for method in methods:
-        if mode not in method.distributed:
-            raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
-    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
-        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
+    trainer.mode = mode = _mode(trainer)
+    check_mode(recipe, methods, mode)
     if mode == "zero3":
         keep_whole(trainer, list(trained_parameters(tuned).values()))
     trainer.add_callback(ReallyDistributed(trainer))
     trainer.add_callback(untrained := Untrained(tuned))
+    trainer.checkpoints = work.checkpoints
+    if trainer.accelerator.is_main_process:
+        work.claim()
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = trainer.last_checkpoint(notes := list[str]())
+    trainer.add_callback(live := Live(work.folder, start))
     during = _during(entered, trainer, run_dir, context) if recipe.eval.during else None
     if during:
-        trainer.add_callback(during)
-
-    trainer.train()
-    trained = fingerprint(tuned)
-    if not all(math.isfinite(value) for value in trained.values()):
-        raise RuntimeError(f"stage {k}: training ended with weights that are not finite")
-    if untrained.fingerprint == trained:
-        raise RuntimeError(f"stage {k}: training changed no weight")
-
-    size = sum(parameter.numel() for parameter in trained_parameters(tuned).values())
-    if carrier:
-        save = partial(_save_merged, carrier, tuned, processor)
-    else:
-        save = partial(_save_adapters, *leave(tuned, previous, stage.train), recipe.base_model, before)
-    states = {method.name: method.finish(tuned, samples) for method in methods}
-    if trainer.accelerator.is_main_process:
-        shutil.rmtree(output, ignore_errors=True)  # what the trainer, or a process that was killed, left there
-        served = save(methods, states, output)
-        for name, state in states.items():
-            _save_state(output, name, state)
-        write_jsonl(output / "train_log.jsonl", map(_finite, trainer.state.log_history))
-        write_serving(output, before.model_copy(update={"stage": k, "name": stage.name, **served}))
-        summary = {
-            "seconds": round(time.monotonic() - start, 3),
-            "steps": trainer.state.global_step,
-            "samples": len(samples),
-            "processes": trainer.accelerator.num_processes,
-            "mode": mode,
-            "trained_parameters": size,
-            "peak_memory_bytes": _peak_memory(),
-        }
+        trainer.stateful["during"] = during
+    with deferred() as asked:  # it stops where it can go on, and once it is trained it is written
+        trainer.add_callback(Checkpointing(trainer, Interval.of(stage.train.checkpoint_every), asked, checkpoint))
         if during:
-            during.write(output)
-            summary["during"] = during.summary()
-        write_json(output / "trained.json", summary)
-        replace_folder(output, stages / stage.folder)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+            trainer.add_callback(during)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except Preempted:
+            trainer.accelerator.end_training()
+            raise
+        _check_trained(stage, untrained.fingerprint, fingerprint(tuned))
+        size = sum(parameter.numel() for parameter in trained_parameters(tuned).values())
+        if carrier:
+            save = partial(_save_merged, carrier, tuned, processor)
+        else:
+            save = partial(_save_adapters, *leave(tuned, previous, stage.train), before)
+        states = {method.name: method.finish(tuned, samples) for method in methods}
+        seconds = live.seconds
+        cost = stage_cost(trainer, seconds, stage.train.global_batch_size)
+        if trainer.accelerator.is_main_process:
+            output = work.finished
+            served = save(output)
+            for name, state in states.items():
+                _save_state(output, name, state)
+            write_jsonl(output / "train_log.jsonl", map(_finite, trainer.state.log_history))
+            write_serving(output, before.model_copy(update={"stage": k, "name": stage.name, **served}))
+            summary = {
+                "fingerprint": work.fingerprint,
+                "seconds": seconds,
+                "steps": trainer.state.global_step,
+                "samples": len(samples),
+                "processes": trainer.accelerator.num_processes,
+                "mode": mode,
+                "trained_parameters": size,
+                "cost": cost,
+                "notes": notes,
+            }
+            if during:
+                during.write(output)
+                summary["during"] = during.summary()
+            write_json(output / "trained.json", summary)
+            replace_folder(output, work.stage_dir)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+
+
+def _check_trained(stage: Stage, before: dict[str, float], after: dict[str, float]) -> None:
+    """Training has moved weights, and to where numbers are. Raises `InputError`."""
+    where, field = f"stage {stage.name}", f"train.{stage.train.paradigm}.args"
+    if not all(math.isfinite(value) for value in after.values()):
+        raise InputError("training ended with weights that are not finite", where=where, field=field, remedy=LOWER)
+    if before == after:
+        remedy = "Look at the learning rate, the number of steps and the rewards"
+        raise InputError("training changed no weight", where=where, field=field, remedy=remedy)
 
 
 def load_model(base: ModelConfig) -> Any:
@@ -400,10 +447,3 @@ def _mode(trainer: "Trainer") -> str:
     if plugin is not None:
         return f"zero{max(plugin.zero_stage, 2)}"
     return "ddp" if trainer.accelerator.num_processes > 1 else "single"
-
-
-def _peak_memory() -> int:
-    """Of this process: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

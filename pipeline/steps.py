@@ -16,7 +16,7 @@ from mcit.data_prep.checks import fit_task
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, replace_link, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
-from mcit.data_prep.schema import PreparedTask, TaskConfig
+from mcit.data_prep.schema import TaskConfig
 from mcit.eval.cells import load_cell, needed_cells
 from mcit.eval.engines import FALLBACK
 from mcit.eval.hashing import cache_dir, hash_model
@@ -25,10 +25,13 @@ from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .child import run_child
+from .disk import check_run
+from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
 from .recipe import Recipe, Stage, dump_recipe, write_recipe
-from .start import find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
+from .start import find_start, forget_start, place_start, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
+from .workplace import work_folder
 
 
 class Run:
@@ -90,7 +93,7 @@ class Run:
         """Whether TRL takes the trainer arguments of every stage."""
 
         def inputs() -> Facts:
-            return {"train": [stage.train.model_dump() for stage in self.recipe.stages]}
+            return {"train": [stage.train.model_dump(exclude={"checkpoint_every"}) for stage in self.recipe.stages]}
 
         def work(show: Show, lock: int) -> Facts:
             from .arguments import check_stage, try_config  # here: TRL takes seconds, and only new settings need it
@@ -191,6 +194,8 @@ class Run:
             config = AutoConfig.from_pretrained(
                 row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
             )
+            done = [stage.k for stage in recipe.stages if (self.stage_dir(stage.k) / "serving.json").exists()]
+            check_run(self.dir, recipe, config, done)
             context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
             longest, notes = {}, []
             for task, step in pairs:
@@ -212,47 +217,20 @@ class Run:
 
     def train(self, stage: Stage) -> Step:
         """One tuning step, in a process (or several) of its own."""
-        recipe, folder, during = self.recipe, self.stage_dir(stage.k), self.recipe.eval.during
-        seen = [name for name, first in recipe.learned.items() if first <= stage.k]
+        recipe, folder = self.recipe, self.stage_dir(stage.k)
         before = self.train(recipe.stages[stage.k - 2]) if stage.k > 1 else self.check()
 
         def inputs() -> Facts | None:
             entering = before.done()
-            if entering is None:
-                return None
-            row0 = read_serving(self.stage_dir(0))
-            tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
-            anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
-            other = "rft" if stage.train.paradigm == "sft" else "sft"
-            behind, quantization = stages_behind(self.stage_dir(0)), recipe.base_model.quantization
-            return {
-                "stage": stage.k,
-                "train": stage.train.model_dump(exclude={other}),
-                "method": recipe.method,
-                "seed": recipe.seed,
-                "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
-                "data": {name: task["train_hash"] for name, task in tasks.items()},
-                **({"anchors": anchors} if anchors else {}),
-                **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
-                "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
-                **({"behind": behind} if behind else {}),
-                **({"quantization": quantization} if quantization != "none" else {}),
-                "policy": row0.base_hash if stage.train.lineage == "independent" else entering["policy"],
-                "state": entering["state"],
-                # Part of what a stage makes, since nobody can look into its training afterwards.
-                **({"during": during.model_dump() | {"test": self._test_hashes(seen)}} if during else {}),
-            }
+            return None if entering is None else stage_inputs(recipe, stage, self.dir, entering)
 
         def work(show: Show, lock: int) -> Facts:
             for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
-                if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
+                ours = stale in (folder, work_folder(folder))
+                if not ours and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
             self._train(stage, step.file_name, show, lock)
-            return {
-                "policy": read_serving(folder).hash,
-                "state": state_hash(sorted((folder / "method").glob("*"))),
-                "trained": read_json(folder / "trained.json"),
-            }
+            return entering_hashes(folder) | {"trained": read_json(folder / "trained.json")}
 
         title, there = f"train stage {stage.k}/{len(recipe.stages)} {stage.name}", (folder / "serving.json").exists
         step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work, extras=("during",))
@@ -269,7 +247,7 @@ class Run:
         settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
         write_recipe(self.recipe, settled)
         options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
-        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks)
+        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks, launcher=True)
 
     def rows(self) -> list[int]:
         """The stages of which something is evaluated, 0 being the base."""
@@ -300,7 +278,7 @@ class Run:
                 "cells": [list(cell) for cell in wanted],
                 "config": config.model_dump(exclude={"during", "general"}),  # general tasks are among the cells
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
-                "data": self._test_hashes(task for _, task in wanted),
+                "data": hashes_of_test_sets(self.dir, (task for _, task in wanted)),
             }
 
         def work(show: Show, lock: int) -> Facts:
@@ -343,8 +321,7 @@ class Run:
                 method=recipe.method,
                 stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
                 learned=recipe.learned,
-                general=[task.name for task in recipe.eval.general],
-                recipe_hash=hash_json(scored),
+                recipe_hash=hash_json(effective_recipe(recipe)),
             )
             if not path.exists() or read_json(path) != results:
                 write_results(self.dir, results)
@@ -368,43 +345,17 @@ class Run:
         page = self.dir / "report" / "index.html"
         return Step("report", "report", self._marker("report"), page.exists, inputs, work)
 
-    def publication(self) -> list[Step]:
-        """The last step, on the Hub, if the recipe has it."""
-        config = self.recipe.publish
-        if config is None:
-            return []
-
-        def inputs() -> Facts | None:
-            results, report = self.results().done(), self.report().done()
-            return {"results": results["hash"], "publish": config.model_dump()} if results and report else None
-
-        def work(show: Show, lock: int) -> Facts:
-            from .publishing.files import gather  # here: needs the Hub's client
-            from .publishing.hub import readable_token, send
-
-            address, warning = send(gather(self.recipe, self.dir, config), show), readable_token()
-            return {"address": address, "notes": [warning] if warning else []}
-
-        return [Step("publish", f"publish {config.repo_id}", self._marker("publish"), lambda: True, inputs, work)]
-
-    def task(self, name: str) -> PreparedTask:
-        """What is known of a prepared task."""
-        return read_task(self.dir / "data" / name)
-
-    def _test_hashes(self, names: Iterable[str]) -> dict[str, str]:
-        return {name: self.task(name)["test_hash"] for name in names}
-
     def _marker(self, name: str) -> Path:
         return self.dir / "steps" / f"{name}.json"
 
     def _locked(self, step: Step) -> contextlib.AbstractContextManager[int]:
         return locked(self.lock(step), f"{step.title} of {self.dir}")
 
-    def _child(self, name: str, command: list[str], show: Show, *locks: int) -> None:
+    def _child(self, name: str, command: list[str], show: Show, *locks: int, launcher: bool = False) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
         # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
         usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         usual |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks)
+        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks, launcher=launcher)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .disk import size
+
 _REMARK = re.compile(r"^(\[|/|[A-Z]\d{4} |Loading |Triton )|[Ww]arn")
 SILENCE = 30.0  # seconds between progress lines where nothing can be overwritten
 
@@ -104,7 +106,10 @@ class Terminal:
             by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
             seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
             job = f"  {beside[step['name']]}" if step["name"] in beside and step["state"] != "done" else ""
-            self.say(f"{step['state']:8}{step['title']}{seconds}{by}{job}", "" if step["state"] == "done" else "bold")
+            more = _progress(step["progress"], bool(owner)) if step["progress"] else ""
+            more = _cost(step["cost"]) if step["cost"] else more
+            line = f"{step['state']:8}{step['title']}{seconds}{more}{by}{job}"
+            self.say(line, "" if step["state"] == "done" else "bold")
         for job in status["jobs"]:
             if not job["steps"]:
                 self.say(f"{'':8}{job['name']}  {_job(job)}")
@@ -143,6 +148,33 @@ def condensed(line: str) -> str | None:
         logged = dict(re.findall(r"'(\w+)': '?([^',}]+)", line))
         return "  ".join(f"{key} {logged[key]}" for key in ("loss", "reward", "epoch") if key in logged) or None
     return None if _REMARK.search(line) else line
+
+
+def _progress(progress: Mapping[str, Any], running: bool) -> str:
+    """How far a stage is."""
+    step = f"  {'step' if running else 'stopped at step'} {progress['step']} of {progress['steps']}"
+    loss = f", loss {progress['loss']:.4g}" if progress["loss"] is not None else ""
+    left = f", {_duration(progress['left'])} left" if running and progress["left"] is not None else ""
+    return step + loss + left
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    """What a stage has cost."""
+    hours = f"{cost['gpu_hours']:.3g} GPU hours" if cost["gpu_hours"] else f"{cost['process_hours']:.3g} process hours"
+    peaks = [
+        f"{size(cost[key])} {where}"
+        for key, where in (("peak_gpu_bytes", "GPU"), ("peak_host_bytes", "RAM"))
+        if cost[key]
+    ]
+    return f"  {hours}, {cost['tokens']:,} tokens, at most {', '.join(peaks)}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _job(job: Mapping[str, Any]) -> str:

@@ -18,17 +18,17 @@ from .batches import deal
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .methods import Method, StepView
 from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
+from .resume import Resumable
 from .zero3 import gather, whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from .recipe import Stage
     from .stage import Entered
 
-_Mixin: Any = object  # so that what is TRL's is not looked for here
 
-
-class MethodLoss(_Mixin):  # type: ignore[misc]
+class MethodLoss(Resumable):
     """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss` and `Method.replay_loss`.
 
     `idle` are the trained parameters that a batch may leave out of the graph (`idle_parameters`). They get a gradient
@@ -53,6 +53,7 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
         """Work with a stage's methods from here on."""
         self.methods, self.idle, self.replays = methods, idle, entered.replays
         self.collator = Collator(entered.processor, [], entered.max_length)
+        self.stateful.update({f"method.{method.name}": method for method in methods})
         self.add_callback(Begin(entered, self))
 
     def compute_loss(
@@ -215,12 +216,19 @@ class Begin(TrainerCallback):
             method.begin(self.entered, self.trainer)
 
 
+LOWER = "Lower the learning rate, or clip gradients (max_grad_norm)"
+
+
 class FiniteLoss(TrainerCallback):
-    """Stops a training whose loss is no longer a number."""
+    """Refuses to train on once the loss is no longer a number. What was trained before stays."""
+
+    def __init__(self, stage: "Stage"):
+        self.where, self.field = f"stage {stage.name}", f"train.{stage.train.paradigm}.args"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise RuntimeError(f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate")
+        if not math.isfinite(loss := (logs or {}).get("loss", 0.0)):
+            problem = f"the loss is {loss} at step {state.global_step}"
+            raise InputError(problem, where=self.where, field=self.field, remedy=LOWER)
 
 
 class ReallyDistributed(TrainerCallback):

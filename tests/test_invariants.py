@@ -7,6 +7,7 @@ representative of each, `make test-all` the product.
 import json
 import pickle
 import random
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.serving import read_serving
 from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods import METHODS, Method
+from mcit.pipeline.preemption import Preempted
 from mcit.pipeline.recipe import ModulesConfig, load_recipe
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
@@ -133,11 +135,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Trains both stages with `method: section`, each once: `overrides` are those of stage 2."""
 
-    def run_one(run: Path, k: int, paradigm: str, *overrides: str) -> Trained:
+    def run_one(run: Path, k: int, paradigm: str, *overrides: str, stop_after: int | None = None) -> Trained:
         kept: dict[str, Any] = {"states": {}}
         save, make_trainer = stage_script._save_state, {"sft": sft, "rft": rft}[paradigm].make_trainer
 
         class Look(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if state.global_step == stop_after:
+                    signal.raise_signal(signal.SIGTERM)
+
             def on_train_end(self, *args: Any, model: Any, **_: Any) -> None:
                 kept.update(
                     after=snapshot(model), trainable={n for n, p in model.named_parameters() if p.requires_grad}
@@ -177,7 +183,20 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         link(one.folder.parents[1], run, "00-base", "01-colour")
         return [one, run_one(run, 2, paradigm, *keys(method, lineage, paradigm), *overrides)]
 
-    return lambda section, *rest: second(json.dumps(section), *rest)
+    def stopped(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
+        """The second stage, stopped by a signal after its steps (under GRPO where a generation batch ends)."""
+        one, run = first(method), tmp_path_factory.mktemp("stopped")
+        link(one.folder.parents[1], run, "00-base", "01-colour")
+        every = *keys(method, lineage, paradigm), *overrides
+        for step in (1, 2, 3) if paradigm == "sft" else (1, 3, 5):
+            with pytest.raises(Preempted, match="stopped after step"):
+                run_one(run, 2, paradigm, *every, stop_after=step)
+        return [one, run_one(run, 2, paradigm, *every)]
+
+    def train(section: Section, *rest: str, stop: bool = False) -> list[Trained]:
+        return (stopped if stop else second)(json.dumps(section), *rest)
+
+    return train
 
 
 def first_lineage(method: str) -> str:
@@ -295,6 +314,26 @@ def test_what_is_evaluated_in_the_policys_place_leaves_training_alone(train: Tra
 
 
 @every_way
+def test_a_stage_that_is_stopped_again_and_again_is_one_that_never_was(
+    train: Train, name: str, lineage: str, paradigm: str
+) -> None:
+    """To the bit: weights, log, scores, methods' states and random numbers; with all that has a state of its own."""
+    args = {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "learning_rate": 1e-3, "logging_steps": 2}
+    if paradigm == "rft":  # a generation batch, of two optimizer steps, ends before the stage does
+        args |= {"max_steps": 7, "steps_per_generation": 2}
+    more = [f"train.{paradigm}.args.{key}={value}" for key, value in args.items()]
+    more += ["train.lora.dropout=0.1", "eval.during={dense: 1, growth: 1, probes: 2}"]
+    whole, parts = (train(section(name), lineage, paradigm, *more, stop=stop)[1] for stop in (False, True))
+    assert same(whole.after, parts.after) and whole.randomness == parts.randomness
+    assert whole.states.keys() == parts.states.keys()
+    assert all(same(state, parts.states[method]) for method, state in whole.states.items())
+    assert untimed(whole.folder) == untimed(parts.folder) and len(untimed(whole.folder)) > 2
+    curves, others = (read_json(stage.folder / "during.json") for stage in (whole, parts))
+    assert curves == others and len(curves["steps"]) > 3
+    assert [path.name for path in parts.folder.parent.glob(".*")] == []
+
+
+@every_way
 @pytest.mark.parametrize("how", ["per_device_train_batch_size=4", "gradient_checkpointing=true"])
 def test_how_a_step_is_computed_changes_nothing(train: Train, name: str, lineage: str, paradigm: str, how: str) -> None:
     """Not 4 × 4 instead of 16 × 1, not checkpointing: neither weights nor losses, the method's own among them."""
@@ -341,6 +380,13 @@ def test_rollouts_train_alike_in_every_mode(
         assert_same(folders[0], folder)
 
 
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """A stage's log, without how long things took."""
+    rows = read_jsonl(folder / "train_log.jsonl")
+    timed = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
+
+
 def in_two_processes(
     first: Trained, recipe: Path, run: Path, name: str, paradigm: str, mode: str, *overrides: str
 ) -> Path:
@@ -357,12 +403,18 @@ def in_two_processes(
 def assert_same(one: Path, two: Path) -> None:
     """Up to the order of summation: weights, losses, and the number of trained parameters."""
     parts = [path.relative_to(one) for path in one.glob("*/*model.safetensors")]  # adapter and delta, or a merged model
-    assert parts
+    assert parts and files(one) == files(two)
+    for config in one.glob("*/*config.json"):
+        assert config.read_bytes() == (two / config.relative_to(one)).read_bytes()
     for part in parts:
         assert largest_gap(*(load_file(folder / part) for folder in (one, two))) < 1e-5
     assert_same_losses(one, two, "loss")
     summaries = [read_json(folder / "trained.json") for folder in (one, two)]
     assert summaries[0]["trained_parameters"] == summaries[1]["trained_parameters"]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def assert_same_losses(one: Path, two: Path, *keys: str) -> None:

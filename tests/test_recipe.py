@@ -312,6 +312,14 @@ def test_methods_that_do_not_fit_are_refused_with_the_file_that_asked(recipe_fil
         ("stream.zz.style=mcq", "command line: stream.zz.style: no such entry: zz. Known here: a, b"),
         ("train.lora.r=x", "command line: train.lora.r: Input should be a valid integer, not 'x'"),
         ("train.lora.r='8'", "command line: train.lora.r: Input should be a valid integer, not '8'"),
+        *(
+            (
+                f"train.checkpoint_every={value}",
+                "command line: train.checkpoint_every: is neither a number of steps nor a time (90s, 10m, 2h) nor "
+                f"`never`, not {shown}",
+            )
+            for value, shown in (("10x", "'10x'"), ("0", "0"), ("1.5", "1.5"), ("true", "True"), ("0m", "'0m'"))
+        ),
         ("train.lora.r=0", "command line: train.lora.r: Input should be greater than 0, not 0"),
         ("seed.x=1", "command line: seed: Input should be a valid integer"),
         ("seed", "command line: seed: is not of the form key=value"),

@@ -31,7 +31,7 @@ TINY = RECIPES / "mini" / "tiny_vlm"
 COLOURS = ("red", "green", "blue", "white")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -162,11 +162,28 @@ def test_launchers(monkeypatch):
         Launch.named("zerro2")
     with pytest.raises(InputError, match="starts one process, not 2"):
         Launch.named("single", 2)
+    modes = [Launch.named(name, gpus).mode for name, gpus in [("single", 1), ("ddp", 1), ("ddp", 2), ("zero2", 2)]]
+    assert modes == ["single", "single", "ddp", "zero2"] and Launch.named("zero3").mode == "zero3"
+    with pytest.raises(InputError, match=r"multinode.yaml: is for 2 machines, and this is one"):
+        Launch.named("multinode")
+    four = Launch.named("multinode", 8, nodes=4)
+    assert (four.processes, four.mode) == (32, "ddp")
     assert (Launch.named("ddp").processes, Launch.named("ddp", 3).processes, Launch.named("single").processes) == (
         2,
         3,
         1,
     )
+
+
+def test_a_launch_that_a_method_does_not_work_under_is_refused_at_once(tmp_path):
+    with pytest.raises(
+        InputError, match=r"method.moextend: does not run under zero3. It runs under single, ddp, zero2"
+    ):
+        start_run(load_recipe("mini/moe"), tmp_path / "run", Launch.named("zero3"), quiet())
+    with pytest.raises(InputError, match=r"eval.during: does not run under zero3"):
+        recipe = load_recipe("mini/sequential", ["eval.during={}"])
+        start_run(recipe, tmp_path / "run", Launch.named("zero3"), quiet())
+    assert not (tmp_path / "run").exists()
 
 
 # --- A whole run ------------------------------------------------------------------------------------------------------
@@ -248,7 +265,7 @@ def test_a_killed_run_continues_from_the_last_finished_step(folder):
 
     prepared = stamps(folder)
     kill_when(start_mcit(folder), (folder / "run" / "logs" / "train-1.log").exists)  # inside stage 1
-    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None, 30)
+    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None)
     assert states(run)["train/1"] == "left"
     assert {name: stamps(folder)[name] for name in prepared} == prepared
 
@@ -297,12 +314,13 @@ def test_a_finished_run_has_nothing_to_do(folder):
 def test_what_is_redone_follows_from_what_changed(folder):
     """By fingerprints alone, without doing it."""
 
-    def left(*overrides: str) -> list[str]:
-        run = Run(load_recipe(folder / "two.yaml", overrides), folder / "run", Launch.named("single"))
+    def left(*overrides: str, launch: str = "single") -> list[str]:
+        run = Run(load_recipe(folder / "two.yaml", overrides), folder / "run", Launch.named(launch))
         return [name for name, state in states(run).items() if state == "left"]
 
     evaluation = ["evaluate", "results", "report"]
-    assert left() == []
+    assert left() == left(launch="zero2") == []  # hardware is no part of anything
+    assert left("train.checkpoint_every=5") == ["results", "report"]  # they show the recipe
     assert left("name=other") == ["results", "report"]
     assert left("eval.max_new_tokens=5") == evaluation
     assert left("eval.constrained=false") == left("eval.image_probe=2") == evaluation

@@ -124,9 +124,27 @@ class Method:
         """
         raise NotImplementedError
 
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        """Bytes of the state that `finish` returns after a stage, for what is checked before anything is trained.
+
+        `model` is the untouched base, of which there may be no more than shapes; `shapes` are those of the layers with
+        LoRA, [out, in], by name.
+        """
+        return 0
+
     def callbacks(self) -> list["TrainerCallback"]:
         """Callbacks for what acts per step."""
         return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has changed in the method itself since `begin`, for a checkpoint: plain data and tensors.
+
+        Weights in training, random numbers and the place in the data are in there anyway.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; it comes after `begin`, which sees the entering policy all the same."""
 
     def finish(self, model: "PeftModel", samples: list[Sample]) -> dict[str, "Tensor"]:
         """The state for the next stage, on the CPU; `model` is trained, still with its adapter `default`."""

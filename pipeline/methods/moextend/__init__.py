@@ -7,6 +7,7 @@ from the paper.
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +21,7 @@ from mcit.data_prep import schema
 
 from ..base import Method, Past
 from .experts import Added, append, copies, count, extend, merge, nudged, trained
-from .models import blocks_of, save
+from .models import blocks_of, expert_bytes, save
 from .usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ class MoExtend(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         return [_SameEverywhere(self.sources)] if self.carries else []
+
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        stages = stage.k if stage.train.lineage == "stack" else 1
+        return stages * self.config.experts * expert_bytes(model, self.config.layers) if self.carries else 0
 
     def finish(self, model: Any, samples: list[schema.Sample]) -> dict[str, Tensor]:
         """What is kept of a stage: its trained experts, and of the others which ones they are copies of."""
