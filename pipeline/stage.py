@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ from .quantization import keep_trainable, quantised_options
 from .recipe import ModelConfig, Recipe, Stage, load_recipe
 from .replay import Replays
 from .resume import Checkpointing, Interval
-from .schedule import trained_in
+from .schedule import past_of, trained_in
 from .start import stages_behind
 from .trackers import set_environment
 from .trainer import LOWER, FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
@@ -182,7 +182,8 @@ def _train_stage(
     samples = _trained(recipe, stage, run_dir)
     anchors = {anchor.name: read_task(run_dir / "data" / anchor.name) for anchor in recipe.anchors}
     general = [one for name, task in anchors.items() for one in _samples(run_dir / "data" / name, task, "train")]
-    past = _past(recipe, stage, samples, run_dir) if any(method.keeps == "past data" for method in methods) else {}
+    keeps = any(method.keeps == "past data" for method in methods)
+    past = past_of(recipe.stages, k, samples, lambda earlier: _trained(recipe, earlier, run_dir)) if keeps else {}
     states = {method.name: _load_state(before_dir, method) for method in methods}
     for method in methods:
         kept = past if method.keeps == "past data" else {}
@@ -257,13 +258,13 @@ def _train_stage(
         if carrier:
             save = partial(_save_merged, carrier, tuned, processor)
         else:
-            save = partial(_save_adapters, *leave(tuned, previous, stage.train), before)
+            save = partial(_save_adapters, *leave(tuned, previous, stage.train), recipe.base_model, before)
         states = {method.name: method.finish(tuned, samples) for method in methods}
         seconds = live.seconds
         cost = stage_cost(trainer, seconds, stage.train.global_batch_size)
         if trainer.accelerator.is_main_process:
             output = work.finished
-            served = save(output)
+            served = save(methods, states, output)
             for name, state in states.items():
                 _save_state(output, name, state)
             write_jsonl(output / "train_log.jsonl", map(_finite, trainer.state.log_history))
@@ -351,18 +352,6 @@ def _trained(recipe: Recipe, stage: Stage, run_dir: Path) -> list[Sample]:
             recipe.seed,
         )
     ]
-
-
-def _past(recipe: Recipe, stage: Stage, samples: Iterable[Sample], run_dir: Path) -> dict[int, list[Sample]]:
-    """What earlier stages trained and `stage` does not, each sample by the stage that trained it last."""
-    seen = {(sample["task"], sample["id"]) for sample in samples}
-    past = {}
-    for earlier in reversed(recipe.stages[: stage.k - 1]):
-        past[earlier.k] = [
-            sample for sample in _trained(recipe, earlier, run_dir) if (sample["task"], sample["id"]) not in seen
-        ]
-        seen |= {(sample["task"], sample["id"]) for sample in past[earlier.k]}
-    return {k: past[k] for k in sorted(past) if past[k]}
 
 
 def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -> During:

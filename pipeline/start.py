@@ -96,6 +96,9 @@ def find_start(place: str) -> Start:
     if serving.kind == "base":
         remedy = "Leave start_from out: a run begins with the base"
         raise InputError("is the untouched base", where=place, field="start_from", remedy=remedy)
+    if serving.kind == "extended" or serving.carried:
+        problem = "is more than the policy that is evaluated: its method goes on from something else"
+        raise InputError(problem, where=place, field="start_from", remedy="Extend that run's own stream")
     assert serving.path is not None
     base = Base(model=serving.base, revision=serving.revision, hash=serving.base_hash)
     stages = stages_behind(folder.parent / "00-base") + serving.stage

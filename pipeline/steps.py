@@ -28,7 +28,7 @@ from .child import run_child
 from .disk import check_run
 from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
-from .recipe import Recipe, Stage, dump_recipe, write_recipe
+from .recipe import Recipe, Stage, write_recipe
 from .start import find_start, forget_start, place_start, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 from .workplace import work_folder
@@ -308,7 +308,7 @@ class Run:
     def results(self) -> Step:
         """RUN/results.json, gathered from the markers."""
         recipe, path = self.recipe, self.dir / "results.json"
-        scored = {key: value for key, value in dump_recipe(recipe).items() if key != "publish"}
+        scored = {key: value for key, value in effective_recipe(recipe).items() if key != "publish"}
 
         def inputs() -> Facts | None:
             return {"recipe": scored} if self.check().done() else None
@@ -344,6 +344,25 @@ class Run:
 
         page = self.dir / "report" / "index.html"
         return Step("report", "report", self._marker("report"), page.exists, inputs, work)
+
+    def publication(self) -> list[Step]:
+        """The last step, on the Hub, if the recipe has it."""
+        config = self.recipe.publish
+        if config is None:
+            return []
+
+        def inputs() -> Facts | None:
+            results, report = self.results().done(), self.report().done()
+            return {"results": results["hash"], "publish": config.model_dump()} if results and report else None
+
+        def work(show: Show, lock: int) -> Facts:
+            from .publishing.files import gather  # here: needs the Hub's client
+            from .publishing.hub import readable_token, send
+
+            address, warning = send(gather(self.recipe, self.dir, config), show), readable_token()
+            return {"address": address, "notes": [warning] if warning else []}
+
+        return [Step("publish", f"publish {config.repo_id}", self._marker("publish"), lambda: True, inputs, work)]
 
     def _marker(self, name: str) -> Path:
         return self.dir / "steps" / f"{name}.json"

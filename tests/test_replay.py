@@ -19,7 +19,8 @@ from mcit.pipeline.methods.outputs import logit_gap
 from mcit.pipeline.methods.replay import ExperienceReplay, ReplayConfig
 from mcit.pipeline.recipe import TrainConfig, load_recipe
 from mcit.pipeline.replay import Replayed
-from mcit.pipeline.stage import _past, _trained
+from mcit.pipeline.schedule import past_of
+from mcit.pipeline.stage import _trained
 
 
 def stage(k: int, seed: int = 0) -> Any:
@@ -218,7 +219,9 @@ def test_the_past_is_what_earlier_stages_trained_and_this_one_does_not(tmp_path:
 
     def past(k: int) -> dict[int, set[str]]:
         one = recipe.stages[k - 1]
-        found = _past(recipe, one, _trained(recipe, one, tmp_path), tmp_path)
+        found = past_of(
+            recipe.stages, one.k, _trained(recipe, one, tmp_path), lambda earlier: _trained(recipe, earlier, tmp_path)
+        )
         assert all(
             Path(image).is_absolute() for samples in found.values() for each in samples for image in each["images"]
         )

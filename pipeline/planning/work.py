@@ -19,7 +19,7 @@ from ..collator import Collator
 from ..methods import build_methods
 from ..recipe import Recipe, Stage
 from ..replay import Replays
-from ..schedule import trained_in
+from ..schedule import past_of, trained_in
 
 
 class StageWork(NamedTuple):
@@ -91,17 +91,22 @@ def prepare(recipe: Recipe, processor: Any) -> Prepared:
 
 def stage_work(recipe: Recipe, stage: Stage, prepared: Prepared, processes: int, behind: int) -> StageWork:
     """Count a stage. `behind` are the stages before the recipe's own first. Raises `InputError`."""
-    own = [
-        sample
-        for name in (*stage.tasks, *stage.visitors)
-        for sample in trained_in(
-            prepared.samples[name], stage.k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed
-        )
-    ]
+
+    def trained(stage: Stage) -> list[Sample]:
+        return [
+            sample
+            for name in (*stage.tasks, *stage.visitors)
+            for sample in trained_in(
+                prepared.samples[name], stage.k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed
+            )
+        ]
+
+    own = trained(stage)
+    past = past_of(recipe.stages, stage.k, own, trained)
     methods = build_methods(recipe.method, stage.train)
     general = [sample for anchor in recipe.anchors for sample in prepared.samples[anchor.name]]
     for method in methods:
-        own = method.data(stage, own)
+        own = method.data(stage, own, past if method.keeps == "past data" else {}, {})
     replays = Replays(own, {method.name: wanted for method in methods if (wanted := method.replay(general))})
     lengths = [prepared.lengths[sample["task"]][sample["id"]] for sample in replays.samples]
     seed = (recipe.seed * 1_000_003 + behind + stage.k) % 2**31

@@ -121,6 +121,9 @@ def _revision(
         "dtype": serving.dtype,
         "processor": serving.processor,
     }
+    if serving.kind == "extended":
+        remedy = "PEFT and vLLM load LoRA and whole models; publish a run of another method"
+        raise InputError("is modules of a method's own on the base", where=folder, field="kind", remedy=remedy)
     tree: dict[str, Content] = {}
     assert serving.path is not None
     for file in _files_in(folder / serving.path, run_dir):
