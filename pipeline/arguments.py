@@ -58,27 +58,26 @@ OWNED = {name: instead for instead, names in _INSTEAD.items() for name in names}
 
 def check_stage(stage: "Stage") -> None:
     """Everything about a stage's training that can be refused without data, model or machine. Raises `InputError`."""
-    from trl import GRPOConfig, SFTConfig  # here: takes seconds
-
     check_reference(stage.train)
-    paradigm = stage.train.paradigm
-    if paradigm == "rft" and not any(stage.train.rft.rewards.values()):
+    check_modules(stage.train)
+    if "rft" in stage.train.phases and not any(stage.train.rft.rewards.values()):
         raise InputError("every weight is 0", where="recipe", field="train.rft.rewards")
-    section, config = (stage.train.sft, SFTConfig) if paradigm == "sft" else (stage.train.rft, GRPOConfig)
-    known = [field.name for field in dataclasses.fields(config)]
-    for key in section.args:
-        field = f"train.{paradigm}.args.{key}"
-        if key in OWNED:
-            raise InputError("is set by the pipeline", where="recipe", field=field, remedy=OWNED[key])
-        if key not in known:
-            problem = f"{config.__name__} has no such argument"
-            raise InputError(problem, where="recipe", field=field, remedy=nearest(key, known))
+    for phase in stage.train.phases:
+        config = _config(phase)
+        known = [field.name for field in dataclasses.fields(config)]
+        for key in stage.train.args(phase):
+            field = f"train.{phase}.args.{key}"
+            if key in OWNED:
+                raise InputError("is set by the pipeline", where="recipe", field=field, remedy=OWNED[key])
+            if key not in known:
+                problem = f"{config.__name__} has no such argument"
+                raise InputError(problem, where="recipe", field=field, remedy=nearest(key, known))
 
 
 def check_reference(train: "TrainConfig") -> None:
     """Refuse a KL setting that contradicts `train.reference`. Raises `InputError`."""
     beta = train.rft.args.get("beta", 0)
-    if train.paradigm == "rft" and (train.reference == "none") != (not beta):
+    if "rft" in train.phases and (train.reference == "none") != (not beta):
         raise InputError(
             f"train.reference is `{train.reference}` and beta is {beta}",
             where="recipe",
@@ -87,29 +86,41 @@ def check_reference(train: "TrainConfig") -> None:
         )
 
 
+def check_modules(train: "TrainConfig") -> None:
+    """Refuse weights trained in full under a lineage of adapters, and adapters under `full`. Raises `InputError`."""
+    trained, other = ("full", "lora") if train.lineage == "full" else ("lora", "full")
+    for part, how in train.modules.model_dump().items():
+        if how == other:
+            raise InputError(
+                f"is `{other}`, and lineage {train.lineage} trains {trained}",
+                where="recipe",
+                field=f"train.modules.{part}",
+                remedy=f"Set train.modules.{part}: {trained}, or another train.lineage",
+            )
+
+
 def try_config(stage: "Stage") -> None:
     """Whether TRL takes the values of a stage's arguments. Not in a process that trains: it settles on the CPU."""
-    from trl import GRPOConfig, SFTConfig
-
     train = stage.train
-    section, config = (train.sft, SFTConfig) if train.paradigm == "sft" else (train.rft, GRPOConfig)
-    per_device, accumulation = split_batch(train.global_batch_size, 1, section.args.get("per_device_train_batch_size"))
-    batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-    own = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
-    _made(config, train.paradigm, {**section.args, **batch, **own})
+    for phase in train.phases:
+        args = train.args(phase)
+        per_device, accumulation = split_batch(train.batch_size(phase), 1, args.get("per_device_train_batch_size"))
+        batch = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+        own = {"output_dir": "unused", "use_cpu": True, "bf16": False, "report_to": "none"}
+        _made(_config(phase), phase, {**args, **batch, **own})
 
 
-def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str, Any]) -> Any:
-    """TRL's `config` for a stage: our defaults, the recipe's `args` over them, and what the pipeline owns over both.
+def make_config(entered: "Entered", own: Mapping[str, Any]) -> Any:
+    """TRL's configuration of a phase: our defaults, the recipe's `args` over them, over both what the pipeline owns.
 
-    `own` holds what one paradigm owns beside the rest. Raises `InputError`.
+    `own` holds what one phase owns beside the rest. Raises `InputError`.
     """
     import torch  # here: what is checked before any training does not need it
 
-    train = entered.stage.train
-    args = (train.sft if train.paradigm == "sft" else train.rft).args
+    train, phase = entered.stage.train, entered.phase
+    args = train.args(phase)
     per_device, accumulation = split_batch(
-        train.global_batch_size, processes(), args.get("per_device_train_batch_size")
+        train.batch_size(phase), processes(), args.get("per_device_train_batch_size")
     )
     on_cpu = not torch.accelerator.is_available()
     defaults = {
@@ -119,7 +130,7 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
         # So that a GPU does not wait for pictures; on a CPU they would take the cores that train.
         "dataloader_num_workers": 0 if on_cpu else min(4, (os.cpu_count() or 1) // processes()),
     }
-    if train.paradigm == "rft":
+    if phase == "rft":
         defaults["disable_dropout"] = True  # with dropout, policy and reference differ by noise
     owned = {
         "output_dir": str(entered.output_dir),
@@ -137,7 +148,14 @@ def make_config(config: Callable[..., Any], entered: "Entered", own: Mapping[str
         "ddp_broadcast_buffers": False,  # the past of lineage `stack` is the same everywhere
         "ddp_find_unused_parameters": False,  # the loss touches them all (MethodLoss)
     }
-    return _made(config, train.paradigm, {**defaults, **args, **owned, **own})
+    return _made(_config(phase), phase, {**defaults, **args, **owned, **own})
+
+
+def _config(phase: str) -> Any:
+    """TRL's class for the arguments of a phase."""
+    from trl import GRPOConfig, SFTConfig  # here: takes seconds
+
+    return SFTConfig if phase == "sft" else GRPOConfig
 
 
 def _made(config: Callable[..., Any], paradigm: str, settings: Mapping[str, Any]) -> Any:

@@ -132,10 +132,10 @@ def _check_files(recipe: Recipe) -> None:
 def _check_batches(recipe: Recipe, launch: Launch) -> None:
     """Refuse a global batch that does not divide by this launch's processes, whichever stage has it."""
     for stage in recipe.stages:
-        args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
-        per_device = args.get("per_device_train_batch_size")
-        if per_device or launch.processes > 1:
-            split_batch(stage.train.global_batch_size, launch.processes, per_device)
+        for phase in stage.train.phases:
+            per_device = stage.train.args(phase).get("per_device_train_batch_size")
+            if per_device or launch.processes > 1:
+                split_batch(stage.train.batch_size(phase), launch.processes, per_device)
 
 
 def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:

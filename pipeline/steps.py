@@ -26,7 +26,7 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .child import run_child
 from .locks import locked
-from .recipe import Recipe, Stage, dump_recipe, write_recipe
+from .recipe import Phase, Recipe, Stage, dump_recipe, write_recipe
 from .step import Facts, Launch, Show, Step
 
 
@@ -207,17 +207,16 @@ class Run:
             row0 = read_serving(self.stage_dir(0))
             tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
             anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
-            other = "rft" if stage.train.paradigm == "sft" else "sft"
             return {
                 "stage": stage.k,
-                "train": stage.train.model_dump(exclude={other}),
+                "train": stage.train.identity(),
                 "method": recipe.method,
                 "seed": recipe.seed,
                 "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
                 "data": {name: task["train_hash"] for name, task in tasks.items()},
                 **({"anchors": anchors} if anchors else {}),
                 **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
-                "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
+                "rewards": {name: scorers_of(task) for name, task in tasks.items() if "rft" in stage.train.phases},
                 "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
                 "state": entering["state"],
                 # Part of what a stage makes, since nobody can look into its training afterwards.
@@ -225,10 +224,18 @@ class Run:
             }
 
         def work(show: Show, lock: int) -> Facts:
+            fingerprint, phases = hash_json(step.inputs()), stage.train.phases
+            half = folder.parent / stage.half_folder
+            begun = (half / "done.json").exists() and read_json(half / "done.json") == fingerprint
             for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
-                if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
+                of_stage = stale.name.lstrip(".").startswith(f"{stage.k:02d}-")
+                if of_stage and stale != folder and not (begun and stale == half):
                     shutil.rmtree(stale)  # half-made, or of another stream
-            self._train(stage, step.file_name, show, lock)
+            for phase in phases[1:] if begun else phases:
+                name = step.file_name if len(phases) == 1 else f"{step.file_name}-{phase}"
+                self._train(stage, phase, name, show, lock)
+                if phase != phases[-1]:
+                    write_json(half / "done.json", fingerprint)
             state = [path for path in (folder / "method").rglob("*") if path.is_file()]
             return {
                 "policy": read_serving(folder).hash,
@@ -243,11 +250,12 @@ class Run:
     def assist(self, stage: Stage, show: Show) -> None:
         """This node's processes of a stage that node 0 trains: it holds the lock and writes what comes of it."""
         if not self.train(stage).done():
-            self._train(stage, f"train-{stage.k}-node-{self.launch.rank}", show)
+            for phase in stage.train.phases:
+                self._train(stage, phase, f"train-{stage.k}-node-{self.launch.rank}", show)
 
-    def _train(self, stage: Stage, name: str, show: Show, *locks: int) -> None:
-        """Start a stage's script on this node."""
-        script = Path(__file__).parent / f"{stage.train.paradigm}.py"
+    def _train(self, stage: Stage, phase: Phase, name: str, show: Show, *locks: int) -> None:
+        """Start the script of one of a stage's phases on this node."""
+        script = Path(__file__).parent / f"{phase}.py"
         settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
         write_recipe(self.recipe, settled)
         options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -46,6 +45,10 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
         self.methods, self.idle, self.replays = methods, idle, entered.replays
         self.collator = Collator(entered.processor, [], entered.max_length)
         self.add_callback(Begin(entered, self))
+
+    def report(self) -> dict[str, Any]:
+        """What a stage says of its training beside the log, for `trained.json`."""
+        return {}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -224,11 +227,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained
 
 
-def idle_parameters(model: PeftModel | nn.Module) -> list[nn.Parameter]:
-    """Those that a batch may leave out: LoRA on projector and vision tower; of a method's experts, any."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    inside = set(base.get_decoder().parameters()) if base else set()
-    return [parameter for parameter in trained_parameters(model).values() if parameter not in inside]
+def idle_parameters(model: nn.Module, sparse: bool = False) -> list[nn.Parameter]:
+    """What is trained that a batch may leave out: on projector and vision tower, and of a `sparse` model anything."""
+    whole = unwrapped(model)
+    always = set() if sparse else {*whole.get_decoder().parameters(), *whole.get_output_embeddings().parameters()}
+    return [parameter for parameter in trained_parameters(model).values() if parameter not in always]
 
 
 def fingerprint(model: nn.Module) -> dict[str, float]:

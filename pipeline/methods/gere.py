@@ -68,6 +68,7 @@ class Gere(Method):
     paper = "GeRe, arXiv 2508.04676"
     category = "replay"
     keeps = "general data"
+    lineages = (*Method.lineages, "full")
     Config = GereConfig
     neutral = {"per_batch": 0}  # noqa: RUF012
 
