@@ -281,6 +281,8 @@ def run_stage(recipe: Recipe, k: int, run_dir: Path, phase: Phase, make_trainer:
             "peak_memory_bytes": _peak_memory(),
             **trainer.report(),
         }
+        if not last:
+            summary["hash"] = served["hash"]
         if resumed:
             summary[phases[0]] = read_json(resumed / "trained.json")
         if during:
@@ -357,7 +359,7 @@ def _save_adapters(policy: Adapter, delta: Adapter, before: Serving, folder: Pat
 def _save_half(trained: Adapter, before: Serving, folder: Path) -> dict[str, Any]:
     """Write the LoRA that another phase trains on; it is not served."""
     save_adapter(folder / "adapter", trained, before.base, before.revision)
-    return {}
+    return {"hash": hash_adapter(folder / "adapter")}
 
 
 def _save_merged(write: Callable[[Path], None], folder: Path) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class Rollouts:
             self._draw_again(drawn, prompts, samples, size, trainer)
         return drawn._asdict()
 
+    def report(self) -> dict[str, Any]:
+        """How many groups had to be drawn again, where that is asked for."""
+        return {"drawn_again": round(self.flat / max(self.groups, 1), 4)} if self.tries else {}
+
     def _draw_again(self, drawn: Drawn, prompts: Prompts, samples: Sequence[Sample], size: int, trainer: Any) -> None:
         """Replace answers in place. Processes draw equally often, as generation with weights in parts asks for."""
         groups = [range(start, start + size) for start in range(0, len(prompts), size)]

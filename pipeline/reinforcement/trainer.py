@@ -1,7 +1,7 @@
 """TRL's `GRPOTrainer` as stages use it: an explicit reference, KL to both policies logged, and the methods' terms."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -11,10 +11,11 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from mcit.data_prep.schema import Sample
 
-from ..batches import GroupSampler
+from ..batches import GroupSampler, with_images
 from ..methods import StepView
 from ..replay import Pass
 from ..trainer import MethodLoss
+from .prompts import prompt_dataset
 from .references import References
 
 # What a micro-batch holds for the model beside its tokens, as TRL passes it on.
@@ -39,11 +40,14 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
         reference: Literal["base", "previous", "none"],
         beta: float,
         leave_one_out: bool,
+        tolerance: float,
         **kwargs: Any,
     ):
         self.has_images, self.references, self.reference = has_images, references, reference
-        self.kl_weight, self.leave_one_out = beta, leave_one_out
+        self.kl_weight, self.leave_one_out, self.tolerance = beta, leave_one_out, tolerance
         self.asked: list[Sample] = []  # of the generation batch in work, one each completion
+        self.drawn_at = 0  # optimizer steps done when it was drawn
+        self.notes: list[Callable[[], dict[str, Any]]] = []  # what `report` asks
         super().__init__(**kwargs)
 
     def _get_train_sampler(self, dataset: Any = None) -> GroupSampler:
@@ -58,6 +62,7 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.asked = [row["sample"] for row in inputs]  # a `rollout_func` is told the prompts alone
+        self.drawn_at = self.state.global_step
         return super()._generate_and_score_completions(inputs)
 
     def compute_loss(
@@ -105,11 +110,34 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
         policy = log_probs[:, -mask.shape[1] :]
         for name in ("base", "previous"):
             self._log_mean(f"kl_{name}", k3(policy, inputs[f"{name}_logps"]), mask)
+        sampled = inputs.get("sampling_per_token_logps")
+        if sampled is None or self.state.global_step != self.drawn_at:
+            return  # else the policy is still the one that was sampled from
+        gap = self._log_mean("rollout_gap", (policy - sampled).abs(), mask)
+        if gap > self.tolerance:
+            raise RuntimeError(
+                f"rollouts come from another policy than is trained: their log-probabilities differ by {gap:.3g} nats "
+                f"a token, more than train.rft.rollout.tolerance ({self.tolerance:g})"
+            )
 
-    def _log_mean(self, name: str, values: Tensor, mask: Tensor) -> None:
-        """Have TRL log the mean of `values` over the tokens of all processes."""
+    def _log_mean(self, name: str, values: Tensor, mask: Tensor) -> float:
+        """The mean of `values` over the tokens of all processes, which TRL is to log."""
         totals = self.accelerator.reduce(torch.stack([(values * mask).sum(), mask.sum()]), "sum")
-        self._metrics["train"][name].append((totals[0] / totals[1].clamp(min=1)).item())
+        mean: float = (totals[0] / totals[1].clamp(min=1)).item()
+        self._metrics["train"][name].append(mean)
+        return mean
+
+    def keep(self, samples: Sequence[Sample]) -> None:
+        """Train on `samples` in the place of those that the trainer was made with."""
+        self.has_images, self.train_dataset = with_images(samples), prompt_dataset(samples)
+
+    def report(self) -> dict[str, Any]:
+        """See `MethodLoss.report`."""
+        cut = [row["completions/clipped_ratio"] for row in self.state.log_history if "completions/clipped_ratio" in row]
+        report: dict[str, Any] = {"cut_off": round(sum(cut) / len(cut), 4) if cut else None}
+        for note in self.notes:
+            report |= note()
+        return report
 
     def apart(self, view: StepView) -> Iterator[Pass]:
         """The replayed samples of this optimizer step."""
