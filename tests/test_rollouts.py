@@ -82,7 +82,7 @@ def test_vllm_answers_by_the_adapter_of_each_step(
 
     monkeypatch.setattr(vllm_engine.RolloutVllm, "sample", fails_once)
     run = copy_run(trained, tmp_path)
-    folder, trainer = reinforce(run, trained[1], "train.rft.rollout.engine=vllm", "train.rft.args.temperature=1.5")
+    folder, trainer = reinforce(run, trained[1], "train.rft.rollout.engine=vllm", "train.rft.args.temperature=0.5")
     log = [row for row in read_jsonl(folder / "train_log.jsonl") if "reward" in row]
     assert len(log) == 3 and all(row["rollout_gap"] < 1e-3 for row in log)
     assert abs(log[0]["kl_previous"]) < 1e-4 < log[-1]["kl_previous"]
@@ -99,7 +99,7 @@ def test_vllm_answers_by_the_adapter_of_each_step(
         reinforce(
             copy_run(trained, tmp_path / "stale"),
             trained[1],
-            *("train.rft.rollout.engine=vllm", "train.rft.args.temperature=1.5"),
+            *("train.rft.rollout.engine=vllm", "train.rft.args.temperature=0.5"),
             *("train.rft.rollout.tolerance=1e-3", "train.rft.args.learning_rate=1e-2"),
         )
 
