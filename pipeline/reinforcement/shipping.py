@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.schema import Sample
 from mcit.eval.engines import Policy
 
-from ..adapters import hash_adapter, rank, save_adapter
+from ..adapters import Factors, hash_adapter, rank, save_adapter
 from ..lineage import load_past, policy
 from ..stage import Entered
 
@@ -47,6 +48,8 @@ class Shipping:
         start = time.monotonic()
         self.step = step
         adapter = policy(self.entered.model, self.past, self.entered.stage.train)
+        dtype = getattr(torch, self.entered.before.dtype)  # which the engine would round to anyway
+        adapter = {name: Factors(a.to(dtype), b.to(dtype), scaling) for name, (a, b, scaling) in adapter.items()}
         if not is_main_process:
             return None
         before = self.entered.before
