@@ -168,6 +168,7 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 def keys(method: str, lineage: str, paradigm: str) -> list[str]:
     """What a recipe says of a stage, `method` as JSON."""
     resolved = [f"method={method}", f"train.lineage={lineage}", f"train.paradigm={paradigm}"]
+    resolved += ["train.modules.language=full"] if lineage == "full" else []
     carried = any(
         METHODS[name](METHODS[name].Config(**settings)).carries for name, settings in json.loads(method).items()
     )
@@ -217,8 +218,11 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         for layer in target_names(tiny_model(), ModulesConfig())
         for factor in "AB"
     }
-    meant = {"moextend": EXPERTS}.get(name, adapter)
-    for stage in train(section(name), lineage, paradigm):
+    adapted = {"moextend": EXPERTS}.get(name, adapter)
+    whole = {name for name, _ in tiny_model().named_parameters() if ".visual." not in name}
+    stages = zip(train(section(name), lineage, paradigm), ("stack", lineage), strict=True)
+    for stage, carried in stages:
+        meant = whole if carried == "full" else adapted
         assert stage.trainable == meant and stage.before.keys() == stage.after.keys()
         assert {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])} == meant
 

@@ -105,8 +105,10 @@ def test_a_task_that_earns_nothing_is_named() -> None:
         function(**ask(rewards, (gold, [7])))
     rewards.check()
     for function in rewards.functions:
-        function(**ask(rewards, *[(long, [7])] * 3, task="again"))
-    with pytest.raises(InputError, match=r"task again: train.rft.rewards: none of 3 answers earned any reward"):
+        function(**ask(rewards, *[(long, [7])] * 2, (long, [3]), task="again"))
+    with pytest.raises(
+        InputError, match=r"task again: train.rft.rewards: none of 3 answers earned any reward, and 1 were"
+    ):
         rewards.check()
 
 

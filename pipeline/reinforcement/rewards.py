@@ -34,7 +34,8 @@ class Rewards:
             for name, task in tasks.items()
         }
         self.end_tokens = end_tokens
-        self.asked, self.earned = Counter[str](), Counter[str]()  # answers by task: all, and those with some reward
+        # Answers by task: all, those with some reward, and those that were cut off.
+        self.asked, self.earned, self.cut = Counter[str](), Counter[str](), Counter[str]()
         self.functions = [self._function(name) for name in self.weights]
 
     def scores(self, samples: Sequence[Sample], texts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[Score]:
@@ -62,11 +63,11 @@ class Rewards:
         for task, asked in self.asked.items():
             if not self.earned[task]:
                 raise InputError(
-                    f"none of {asked} answers earned any reward, so nothing can be learned",
+                    f"none of {asked} answers earned any reward, and {self.cut[task]} were cut off: nothing can be learned",
                     where=f"task {task}",
                     field="train.rft.rewards",
-                    remedy="Check scorer and style (`mcit show` scores the gold answers), or teach the form first by "
-                    "train.paradigm: sft+rft",
+                    remedy="Raise max_completion_length if they were cut off, check scorer and style (`mcit show` scores "
+                    "the gold answers), or teach the form first by train.paradigm: sft+rft",
                 )
 
     def _scorer(self, sample: Sample) -> Any:
@@ -86,21 +87,26 @@ class Rewards:
                 values = [s["score"] / 100 if name == "accuracy" else float(s["format_ok"]) for s in scores]
                 if "log_metric" in more:
                     more["log_metric"]("format_rate", sum(s["format_ok"] for s in scores) / len(scores))
-            self._count(name, values, sample, more)
+            self._count(name, values, sample, completion_ids, more)
             return values
 
         reward.__name__ = name
         return reward
 
-    def _count(self, name: str, values: Sequence[float | None], samples: Sequence[Sample], more: Any) -> None:
+    def _count(
+        self, name: str, values: Sequence[float | None], samples: Sequence[Sample], ids: Sequence[Any], more: Any
+    ) -> None:
         """Keep account by task of what TRL is given, and have it log a mean for each task of several."""
         if "log_metric" not in more:
             return
+        if name == next(iter(self.weights)):
+            for sample, tokens in zip(samples, ids, strict=True):
+                self.asked[sample["task"]] += 1
+                self.cut[sample["task"]] += not (tokens and tokens[-1] in self.end_tokens)
         by_task: dict[str, list[float]] = {}
         for value, sample in zip(values, samples, strict=True):
             by_task.setdefault(sample["task"], []).append(value or 0.0)
         for task, earned in by_task.items():
-            self.asked[task] += len(earned) if name == next(iter(self.weights)) else 0
             self.earned[task] += sum(value != 0 for value in earned)
             if len(self.scorers) > 1:
                 more["log_metric"](f"rewards/{name}/{task}", sum(earned) / len(earned))
