@@ -62,12 +62,13 @@ class Rewards:
         """Refuse a task whose answers have earned nothing. Raises `InputError`."""
         for task, asked in self.asked.items():
             if not self.earned[task]:
+                problem = f"none of {asked} answers earned any reward, and {self.cut[task]} were cut off"
                 raise InputError(
-                    f"none of {asked} answers earned any reward, and {self.cut[task]} were cut off: nothing can be learned",
+                    f"{problem}: that teaches nothing",
                     where=f"task {task}",
                     field="train.rft.rewards",
-                    remedy="Raise max_completion_length if they were cut off, check scorer and style (`mcit show` scores "
-                    "the gold answers), or teach the form first by train.paradigm: sft+rft",
+                    remedy="Raise max_completion_length if they were cut off, check scorer and style (`mcit show` "
+                    "scores the gold answers), or teach the form first by train.paradigm: sft+rft",
                 )
 
     def _scorer(self, sample: Sample) -> Any:

@@ -33,6 +33,10 @@ def learnable(entered: Entered, engine: Engine, rewards: Rewards, trainer: Any) 
     """
     config = entered.stage.train.rft.rif
     assert config is not None
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    if plugin is not None and plugin.zero_stage == 3 and engine.name == "transformers":
+        remedy = "Use zero2, or a vLLM server (train.rft.rollout.engine: server)"
+        raise InputError("does not run under zero3", where="recipe", field="train.rft.rif", remedy=remedy)
     found = {f"{sample['task']} {sample['id']}": i for i, sample in enumerate(entered.samples)}
     if len(found) < len(entered.samples):
         raise InputError("a sample occurs twice in the stage", where="recipe", field="train.rft.rif")
