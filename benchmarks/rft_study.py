@@ -59,7 +59,7 @@ def read(run: Path) -> Run:
     """The figures of a finished run."""
     results = json.loads((run / "results.json").read_text())
     matrix, learned, tasks = results["matrix"], results["learned"], results["tasks"]
-    at = [learned[task] for task in tasks]
+    at = [learned[task["name"]] for task in tasks]
     gains = [matrix[k][i] - matrix[0][i] for i, k in enumerate(at)]
     lost = [matrix[k][i] - matrix[-1][i] for i, k in enumerate(at) if k < len(matrix) - 1]
     logs = [lines(folder / "train_log.jsonl") for folder in sorted((run / "stages").glob("[0-9]*")) if trained(folder)]

@@ -169,6 +169,15 @@ def test_reference_policies(tmp_path, lineage: str) -> None:
     assert trainable and all(".default." in name for name in trainable)
 
 
+def test_another_adapter_than_the_trained_one_is_refused() -> None:
+    """TRL would take it for its reference, or fail with a KeyError."""
+    settings = config("stack")
+    model = enter(tiny_model(), None, settings)
+    model.add_adapter("ref", model.peft_config["default"])
+    with pytest.raises(RuntimeError, match="trains one adapter, `default`, and the model has default, ref"):
+        References(SimpleNamespace(model=model, previous=None, stage=SimpleNamespace(train=settings)))
+
+
 @pytest.mark.parametrize(("vision", "projector"), [("frozen", "frozen"), ("full", "frozen"), ("frozen", "full")])
 def test_full_trains_the_weights_that_are_not_frozen(vision: str, projector: str) -> None:
     model = tiny_model().to(torch.bfloat16)

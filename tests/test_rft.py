@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from mcit.pipeline.adapters import load_adapter
 from mcit.pipeline.arguments import make_config
 from mcit.pipeline.collator import Collator
 from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.reinforcement.prompts import check_roles
 from mcit.pipeline.reinforcement.rewards import Rewards
 from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
 from mcit.pipeline.stage import run_stage
@@ -243,7 +245,9 @@ def test_rloo_weighs_an_answer_against_the_others_to_its_prompt(trained: tuple[P
     seen: list[tuple[list[float], list[float]]] = []
 
     def make(entered: Any) -> Any:
+        entered.processor.tokenizer.padding_side = "right"  # which would corrupt positions
         trainer = rft.make_trainer(entered)
+        assert trainer.processing_class.tokenizer.padding_side == "left"
         compute_loss = trainer.compute_loss
 
         def watched(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
@@ -312,6 +316,18 @@ def test_rollouts_start_from_the_training_prompt(trained: tuple[Path, Path], ima
         prompt = batch["input_ids"][0][batch["labels"][0] == -100]
         assert list(row) == prompt.tolist()
     assert ("pixel_values" in fields) == bool(images)
+
+
+def test_a_template_without_a_system_role_is_refused_before_anything_is_drawn() -> None:
+    def dropping(chat: Any, **_: Any) -> str:
+        return "".join(part["text"] for turn in chat for part in turn["content"] if turn["role"] != "system")
+
+    plain, told = make_samples("words", 2, images=0)
+    told["prompt"] = [{"role": "system", "content": "Be brief."}, *told["prompt"]]
+    processor = SimpleNamespace(chat_template="…", apply_chat_template=dropping)
+    check_roles([plain], processor)
+    with pytest.raises(InputError, match=r"sample words-1 of words: prompt: .* has no system role"):
+        check_roles([plain, told], processor)
 
 
 def test_mistakes_are_one_clear_line(trained: tuple[Path, Path], tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ class References:
         if not isinstance(self.model, PeftModel):
             self.alike = entered.enters_base
             return
+        if list(self.model.peft_config) != ["default"]:
+            found = ", ".join(self.model.peft_config)
+            raise RuntimeError(f"a stage trains one adapter, `default`, and the model has {found}")
         past, lineage = load_past(entered.previous, entered.stage.train), entered.stage.train.lineage
         if lineage == "fold" and past:
             add_frozen(self.model, concat([negate(past)]), UNDO)
