@@ -126,8 +126,12 @@ def train_whole(model: "PreTrainedModel", modules: "ModulesConfig") -> "PreTrain
     """Train the weights themselves: the language model's, and those of projector and tower that are not `frozen`.
 
     All weights become float32, whatever they are stored in: steps of 1e-6 would vanish in bfloat16. (DeepSpeed keeps
-    float32 of its own, and casts the model back.)
+    float32 of its own, and casts the model back.) Raises `InputError` for a mixture of experts: transformers writes it
+    in another layout than it is published and served in.
     """
+    if any(parameter.ndim == 3 for parameter in model.get_decoder().parameters()):
+        remedy = "Train a LoRA, or experts of a task's own (method: {moextend: {}})"
+        raise InputError("does not train mixtures of experts", where="recipe", field="train.lineage", remedy=remedy)
     model.float().requires_grad_(False)
     names = [name for name, _ in model.named_parameters()]
     parts = by_part(model, names)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from families import save_qwen3_vl_moe
 from peft import PeftModel
 from torch import nn
 from training import random_adapter, tiny_model
+from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.adapters import concat, load_adapter, lora_layers, rank, save_adapter
@@ -190,6 +192,13 @@ def test_full_trains_the_weights_that_are_not_frozen(vision: str, projector: str
     assert tower & trained == (tower - merger if vision == "full" else merger if projector == "full" else set())
     assert {name for name, _ in model.named_parameters()} - tower <= trained  # embeddings and head among them
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_full_refuses_a_mixture_of_experts(tmp_path) -> None:
+    save_qwen3_vl_moe(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"train.lineage: does not train mixtures of experts"):
+        enter(model, None, config("full", modules={"language": "full"}))
 
 
 @pytest.mark.parametrize(
