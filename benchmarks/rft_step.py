@@ -83,6 +83,7 @@ def settings(path: str, length: int, steps: int) -> list[str]:
         "train.rft.global_batch_size=32",
         f"train.rft.rewards={{{HERE.stem}:noise: 1.0}}",
         "train.rft.guard=null",
+        "train.rft.rollout.tolerance=100.0",  # where an end is forbidden, the engine's probabilities are other ones
         f"train.rft.rollout.engine={'vllm' if path == 'vllm' else 'transformers'}",
         *(f"train.rft.args.{one}" for one in split(args)),
     ]
