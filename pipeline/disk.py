@@ -31,7 +31,7 @@ class Needs:
 
 
 def stage_needs(stage: "Stage", model: Any, shapes: Shapes, entering_rank: int, methods: Iterable["Method"]) -> Needs:
-    """The needs of a stage that puts LoRA on layers of these `shapes`, or has a method carry the policy.
+    """The needs of a stage that puts LoRA on layers of these `shapes`, trains all weights, or has a method carry them.
 
     Of `model`, the base, only shapes are looked at. Adapters are written in float32, the policy with all its ranks
     (`pipeline/adapters.py`).
@@ -44,6 +44,10 @@ def stage_needs(stage: "Stage", model: Any, shapes: Shapes, entering_rank: int, 
         stages = stage.k if stage.train.lineage == "stack" else 1
         trained = state // stages // parameters[0].element_size()
         return Needs(base + 2 * state, (KEPT + 1) * _CHECKPOINT_BYTES * trained)
+    if stage.train.lineage == "full":
+        parameters = list(model.parameters())
+        base = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        return Needs(base + state, (KEPT + 1) * _CHECKPOINT_BYTES * sum(parameter.numel() for parameter in parameters))
     width, r = sum(rows + columns for rows, columns in shapes.values()), stage.train.lora.r
     ranks = {"independent": 2 * r, "continue": r + 2 * r}.get(stage.train.lineage, entering_rank + 2 * r)
     return Needs(4 * width * ranks + state, (KEPT + 1) * _CHECKPOINT_BYTES * width * r)

@@ -87,7 +87,7 @@ def _merge(recipe: Recipe, policy: Policy, folder: Path) -> None:
     transformers keeps the tensor names that a model was loaded under, but writes a mixture's experts transposed. So
     what LoRA cannot have changed, all that is no matrix, is copied from the base.
     """
-    from .stage import load_model, load_processor  # here: needs trl
+    from .entering import load_model, load_processor  # here: needs trl
 
     assert policy.adapter is not None
     unquantised = {"path": policy.serving.base, "revision": policy.serving.revision, "quantization": "none"}

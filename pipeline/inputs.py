@@ -8,11 +8,8 @@ from mcit.data_prep.prepare import read_task
 from mcit.eval.scoring import scorers_of
 from mcit.eval.serving import read_serving
 
-from .recipe import Recipe, Stage, TrainConfig
+from .recipe import WITHOUT_EFFECT, Recipe, Stage
 from .start import stages_behind, state_hash
-
-# Of `train:`, what changes how long a training takes and not what comes of it.
-_WITHOUT_EFFECT = ("checkpoint_every",)
 
 
 def stage_inputs(recipe: Recipe, stage: Stage, run_dir: Path, entering: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,14 +24,14 @@ def stage_inputs(recipe: Recipe, stage: Stage, run_dir: Path, entering: Mapping[
     seen = [name for name, first in recipe.learned.items() if first <= stage.k]
     return {
         "stage": stage.k,
-        "train": effective(stage.train),
+        "train": stage.train.identity(),
         "method": recipe.method,
         "seed": recipe.seed,
         "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
         "data": {name: task["train_hash"] for name, task in tasks.items()},
         **({"anchors": anchors} if anchors else {}),
         **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
-        "rewards": {name: scorers_of(task) for name, task in tasks.items() if stage.train.paradigm == "rft"},
+        "rewards": {name: scorers_of(task) for name, task in tasks.items() if "rft" in stage.train.phases},
         **({"behind": behind} if behind else {}),
         **({"quantization": quantization} if quantization != "none" else {}),
         "policy": row0.base_hash if stage.train.lineage == "independent" else entering["policy"],
@@ -46,13 +43,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, run_dir: Path, entering: Mapping[
 
 def effective_recipe(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe can change its result."""
-    return recipe.model_dump(mode="json", exclude={"train": set(_WITHOUT_EFFECT)})
-
-
-def effective(train: TrainConfig) -> dict[str, Any]:
-    """What of a stage's `train:` can change its result."""
-    other = "rft" if train.paradigm == "sft" else "sft"
-    return train.model_dump(exclude={other, *_WITHOUT_EFFECT})
+    return recipe.model_dump(mode="json", exclude={"train": WITHOUT_EFFECT})
 
 
 def entering_hashes(before: Path) -> dict[str, Any]:

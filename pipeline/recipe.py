@@ -24,11 +24,15 @@ from mcit.pipeline.quantization import check_quantization
 from mcit.pipeline.recipe_yaml import to_yaml
 from mcit.pipeline.redaction import shaped_secrets
 from mcit.pipeline.refusals import refusal
+from mcit.pipeline.reinforcement.config import HARDWARE, RftSection
 from mcit.pipeline.schedule import RecurConfig
 
-Lineage = Literal["continue", "stack", "fold", "independent"]
+Lineage = Literal["continue", "stack", "fold", "independent", "full"]
 Reference = Literal["base", "previous", "none"]
-Paradigm = Literal["sft", "rft"]
+Paradigm = Literal["sft", "rft", "sft+rft"]
+Phase = Literal["sft", "rft"]
+# Of `train:`, what changes how long a training takes and not what comes of it.
+WITHOUT_EFFECT = {"checkpoint_every"}
 
 
 class ModelConfig(Config):
@@ -43,11 +47,11 @@ class ModelConfig(Config):
 
 
 class ModulesConfig(Config):
-    """What is trained: LoRA on the language model's linear layers; projector and vision tower frozen, or with LoRA."""
+    """What is trained: LoRA on linear layers, or under lineage `full` the weights themselves, embeddings included."""
 
-    language: Literal["lora"] = "lora"
-    projector: Literal["frozen", "lora"] = "frozen"
-    vision: Literal["frozen", "lora"] = "frozen"
+    language: Literal["lora", "full"] = "lora"
+    projector: Literal["frozen", "lora", "full"] = "frozen"
+    vision: Literal["frozen", "lora", "full"] = "frozen"
 
 
 class LoraSection(Config):
@@ -62,13 +66,6 @@ class SftSection(Config):
     """`train.sft:`. `args` go to `trl.SFTConfig` unchanged, except for what the pipeline owns (batch size, output)."""
 
     args: dict[str, Any] = Field(default_factory=dict)
-
-
-class RftSection(Config):
-    """`train.rft:`. `args` go to `trl.GRPOConfig`; `rewards` weighs the scorer's accuracy and the format."""
-
-    args: dict[str, Any] = Field(default_factory=dict)
-    rewards: dict[Literal["accuracy", "format"], float] = Field(default={"accuracy": 0.9, "format": 0.1})
 
 
 class TrainConfig(Config):
@@ -97,6 +94,28 @@ class TrainConfig(Config):
         raise PydanticCustomError(
             "checkpoint_every", "is neither a number of steps nor a time (90s, 10m, 2h) nor `never`"
         )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What a stage does one after the other."""
+        phases: dict[Paradigm, tuple[Phase, ...]] = {"sft": ("sft",), "rft": ("rft",), "sft+rft": ("sft", "rft")}
+        return phases[self.paradigm]
+
+    def identity(self) -> dict[str, Any]:
+        """What a stage depends on: neither the other paradigm's section nor where rollouts are made."""
+        section = self.model_dump(exclude={"sft", "rft"}.difference(self.phases) | WITHOUT_EFFECT)
+        if "rft" in section:
+            rollout = section["rft"]["rollout"]
+            section["rft"]["rollout"] = {key: rollout[key] for key in rollout if key not in HARDWARE}
+        return section
+
+    def args(self, phase: Phase) -> dict[str, Any]:
+        """TRL's arguments of a phase."""
+        return self.sft.args if phase == "sft" else self.rft.args
+
+    def batch_size(self, phase: Phase) -> int:
+        """The global batch of a phase: samples, or completions."""
+        return (self.rft.global_batch_size if phase == "rft" else None) or self.global_batch_size
 
 
 def _kind_of_entry(entry: Any) -> str:
@@ -129,6 +148,11 @@ class Stage:
     def folder(self) -> str:
         """The stage's folder below `RUN/stages/`."""
         return f"{self.k:02d}-{self.name}"
+
+    @property
+    def half_folder(self) -> str:
+        """Beside it, what the first of two phases leaves for the second, which removes it."""
+        return f".{self.folder}.{self.train.phases[0]}"
 
 
 class Recipe(Config):

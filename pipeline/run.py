@@ -57,7 +57,8 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
         raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
     _check_files(recipe)
     _check_batches(recipe, launch)
-    check_mode(recipe, _methods(recipe), launch.mode)
+    for stage in recipe.stages:
+        check_mode(recipe, stage, _methods(recipe), launch.mode)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
     if recipe.start_from is not None:
@@ -138,10 +139,10 @@ def _check_files(recipe: Recipe) -> None:
 def _check_batches(recipe: Recipe, launch: Launch) -> None:
     """Refuse a global batch that does not divide by this launch's processes, whichever stage has it."""
     for stage in recipe.stages:
-        args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
-        per_device = args.get("per_device_train_batch_size")
-        if per_device or launch.processes > 1:
-            split_batch(stage.train.global_batch_size, launch.processes, per_device)
+        for phase in stage.train.phases:
+            per_device = stage.train.args(phase).get("per_device_train_batch_size")
+            if per_device or launch.processes > 1:
+                split_batch(stage.train.batch_size(phase), launch.processes, per_device)
 
 
 def _methods(recipe: Recipe) -> list["Method"]:

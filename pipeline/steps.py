@@ -28,7 +28,7 @@ from .child import run_child
 from .disk import check_run
 from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
-from .recipe import Recipe, Stage, write_recipe
+from .recipe import Phase, Recipe, Stage, write_recipe
 from .start import find_start, forget_start, place_start, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 from .workplace import work_folder
@@ -225,11 +225,14 @@ class Run:
             return None if entering is None else stage_inputs(recipe, stage, self.dir, entering)
 
         def work(show: Show, lock: int) -> Facts:
+            phases, half = stage.train.phases, folder.parent / stage.half_folder
             for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
-                ours = stale in (folder, work_folder(folder))
+                ours = stale in (folder, half, work_folder(folder), work_folder(half))
                 if not ours and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
-            self._train(stage, step.file_name, show, lock)
+            for phase in phases:
+                name = step.file_name if len(phases) == 1 else f"{step.file_name}-{phase}"
+                self._train(stage, phase, name, show, lock)
             return entering_hashes(folder) | {"trained": read_json(folder / "trained.json")}
 
         title, there = f"train stage {stage.k}/{len(recipe.stages)} {stage.name}", (folder / "serving.json").exists
@@ -239,11 +242,12 @@ class Run:
     def assist(self, stage: Stage, show: Show) -> None:
         """This node's processes of a stage that node 0 trains: it holds the lock and writes what comes of it."""
         if not self.train(stage).done():
-            self._train(stage, f"train-{stage.k}-node-{self.launch.rank}", show)
+            for phase in stage.train.phases:
+                self._train(stage, phase, f"train-{stage.k}-node-{self.launch.rank}", show)
 
-    def _train(self, stage: Stage, name: str, show: Show, *locks: int) -> None:
-        """Start a stage's script on this node."""
-        script = Path(__file__).parent / f"{stage.train.paradigm}.py"
+    def _train(self, stage: Stage, phase: Phase, name: str, show: Show, *locks: int) -> None:
+        """Start the script of one of a stage's phases on this node."""
+        script = Path(__file__).parent / f"{phase}.py"
         settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
         write_recipe(self.recipe, settled)
         options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]

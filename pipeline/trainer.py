@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -24,8 +23,8 @@ from .zero3 import gather, whole
 if TYPE_CHECKING:
     from transformers import Trainer
 
+    from .entering import Entered
     from .recipe import Stage
-    from .stage import Entered
 
 
 class MethodLoss(Resumable):
@@ -55,6 +54,10 @@ class MethodLoss(Resumable):
         self.collator = Collator(entered.processor, [], entered.max_length)
         self.stateful.update({f"method.{method.name}": method for method in methods})
         self.add_callback(Begin(entered, self))
+
+    def report(self) -> dict[str, Any]:
+        """What a stage says of its training beside the log, for `trained.json`."""
+        return {}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -261,11 +264,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained
 
 
-def idle_parameters(model: PeftModel | nn.Module) -> list[nn.Parameter]:
-    """Those that a batch may leave out: LoRA on projector and vision tower; of a method's experts, any."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    inside = set(base.get_decoder().parameters()) if base else set()
-    return [parameter for parameter in trained_parameters(model).values() if parameter not in inside]
+def idle_parameters(model: nn.Module, sparse: bool = False) -> list[nn.Parameter]:
+    """What is trained that a batch may leave out: on projector and vision tower, and of a `sparse` model anything."""
+    whole = unwrapped(model)
+    always = set() if sparse else {*whole.get_decoder().parameters(), *whole.get_output_embeddings().parameters()}
+    return [parameter for parameter in trained_parameters(model).values() if parameter not in always]
 
 
 def fingerprint(model: nn.Module) -> dict[str, float]:

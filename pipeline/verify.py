@@ -145,7 +145,7 @@ def _file(source: str, part: Part, images: Path | None, model: ModelConfig | Non
 
 def _tasks(recipe: Recipe) -> list[Wanted]:
     wanted = []
-    by_answers = [stage for stage in recipe.stages if stage.train.paradigm == "sft"]
+    by_answers = [stage for stage in recipe.stages if "sft" in stage.train.phases]
     taught = {name for stage in by_answers for name in (*stage.tasks, *stage.visitors)}
     taught |= {anchor.name for anchor in recipe.anchors}
     for task in recipe.sources:

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from training import COLOURS, largest_gap, launch, make_run, make_samples, tiny_model, uneven
 from transformers import TrainerCallback
 
+import mcit.pipeline.entering as entering
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 import mcit.pipeline.stage as stage_script
@@ -137,7 +138,7 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
     def run_one(run: Path, k: int, paradigm: str, *overrides: str, stop_after: int | None = None) -> Trained:
         kept: dict[str, Any] = {"states": {}}
-        save, make_trainer = stage_script._save_state, {"sft": sft, "rft": rft}[paradigm].make_trainer
+        save, make_trainer = stage_script.save_state, {"sft": sft, "rft": rft}[paradigm].make_trainer
 
         class Look(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
@@ -160,7 +161,7 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             save(folder, name, state)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage_script, "_save_state", keep)
+            patch.setattr(stage_script, "save_state", keep)
             stage_script.run_stage(load_recipe(prepared[1], overrides), k, run, paradigm, make)
         return Trained(
             run / "stages" / STAGES[k - 1],
@@ -185,7 +186,7 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
     def stopped(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
         """The second stage, stopped by a signal after its steps (under GRPO where a generation batch ends)."""
-        one, run = first(method), tmp_path_factory.mktemp("stopped")
+        one, run = first(method, first_lineage(method)), tmp_path_factory.mktemp("stopped")
         link(one.folder.parents[1], run, "00-base", "01-colour")
         every = *keys(method, lineage, paradigm), *overrides
         for step in (1, 2, 3) if paradigm == "sft" else (1, 3, 5):
@@ -210,6 +211,7 @@ def first_lineage(method: str) -> str:
 def keys(method: str, lineage: str, paradigm: str) -> list[str]:
     """What a recipe says of a stage, `method` as JSON."""
     resolved = [f"method={method}", f"train.lineage={lineage}", f"train.paradigm={paradigm}"]
+    resolved += ["train.modules.language=full"] if lineage == "full" else []
     extended = json.loads(method).get("moextend", {}).get("experts", 0) > 0
     return [*resolved, f"base_model.path={mixture()}"] if extended else resolved
 
@@ -258,7 +260,8 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         for factor in "AB"
     }
     layers = target_names(tiny_model(), ModulesConfig())
-    meant = {
+    whole = {parameter for parameter, _ in tiny_model().named_parameters() if ".visual." not in parameter}
+    adapted = {
         "moextend": EXPERTS,
         "moelora": {f"{layer}.{part}" for layer in layers for part in ("a", "b", "router")},
         "osf": {
@@ -268,7 +271,9 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         },
         "l2p": {f"model.language_model.prompt_pool.{part}" for part in ("keys", "prompts")},
     }.get(name, adapter)
-    for stage in train(section(name), lineage, paradigm):
+    stages = zip(train(section(name), lineage, paradigm), ("stack", lineage), strict=True)
+    for stage, carried in stages:
+        meant = whole if carried == "full" else adapted
         assert len(stage.trainable) == round(len(meant) * PART.get(name, 1)) and stage.trainable <= meant
         assert stage.before.keys() == stage.after.keys()
         changed = {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])}
@@ -283,7 +288,7 @@ def test_a_state_that_was_saved_trains_like_the_one_in_memory(
     for method, state in first.states.items():
         file = first.folder / "method" / f"{method}.safetensors"
         assert same(load_file(file) if file.exists() else {}, state)
-    monkeypatch.setattr(stage_script, "_load_state", lambda _, method: first.states[method.name])
+    monkeypatch.setattr(entering, "load_state", lambda _, name: first.states[name])
     again = train(section(name), lineage, paradigm, "seed=0")[1]  # the default, spelt out: trained once more
     assert again is not second and same(again.after, second.after)
 

@@ -6,7 +6,7 @@ from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import EXPANSIONS, METHODS, Method, build_methods, expand, get_method
 from mcit.pipeline.recipe import TrainConfig
 
-PARADIGMS, LINEAGES = {"sft", "rft"}, {"stack", "fold", "continue", "independent"}
+PARADIGMS, LINEAGES = {"sft", "rft"}, {"stack", "fold", "continue", "independent", "full"}
 MODES = {"single", "ddp", "zero2", "zero3"}
 CATEGORIES = {"bound", "regularisation", "replay", "distillation", "data", "architecture", "merging", "schedule"}
 

@@ -12,9 +12,9 @@ from mcit.eval.engines.base import Policy, Request
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.serving import read_serving
 from mcit.pipeline.adapters import Factors, load_adapter
+from mcit.pipeline.entering import load_model
 from mcit.pipeline.lineage import enter, stack, target_names
 from mcit.pipeline.recipe import ModelConfig, ModulesConfig, TrainConfig, load_recipe
-from mcit.pipeline.stage import load_model
 
 needs_bitsandbytes = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('bitsandbytes')")
 NF4 = ModelConfig(path=str(RANDOM), dtype="float32", quantization="nf4")

@@ -12,6 +12,7 @@ from training import make_run, make_samples
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.batches import Drawn
+from mcit.pipeline.entering import trained_by
 from mcit.pipeline.methods import build_methods, expand
 from mcit.pipeline.methods.buffer import collision, ordered, parts, shares_by_age, word_shares
 from mcit.pipeline.methods.der import Der, DerConfig
@@ -20,7 +21,6 @@ from mcit.pipeline.methods.replay import ExperienceReplay, ReplayConfig
 from mcit.pipeline.recipe import TrainConfig, load_recipe
 from mcit.pipeline.replay import Replayed
 from mcit.pipeline.schedule import past_of
-from mcit.pipeline.stage import _trained
 
 
 def stage(k: int, seed: int = 0) -> Any:
@@ -220,7 +220,10 @@ def test_the_past_is_what_earlier_stages_trained_and_this_one_does_not(tmp_path:
     def past(k: int) -> dict[int, set[str]]:
         one = recipe.stages[k - 1]
         found = past_of(
-            recipe.stages, one.k, _trained(recipe, one, tmp_path), lambda earlier: _trained(recipe, earlier, tmp_path)
+            recipe.stages,
+            one.k,
+            trained_by(recipe, one, tmp_path),
+            lambda earlier: trained_by(recipe, earlier, tmp_path),
         )
         assert all(
             Path(image).is_absolute() for samples in found.values() for each in samples for image in each["images"]

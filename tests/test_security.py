@@ -24,10 +24,10 @@ from mcit.eval.serving import Serving
 from mcit.pipeline import cli
 from mcit.pipeline.arguments import check_stage
 from mcit.pipeline.child import ChildFailed, run_child
+from mcit.pipeline.entering import load_model, load_processor
 from mcit.pipeline.locks import locked
 from mcit.pipeline.recipe import ModelConfig, load_recipe
 from mcit.pipeline.redaction import redact
-from mcit.pipeline.stage import load_model, load_processor
 
 TOKEN = "hf_" + "a1B2" * 9
 

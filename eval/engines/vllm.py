@@ -5,6 +5,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.chat import open_image, tokenizer_options
@@ -66,6 +67,7 @@ class VllmEngine:
         self.processor = load_processor(first.serving)
         self.slots = min(len(adapters), max(1, SLOT_RANKS // max_lora_rank(rank))) if adapters else 0
         self._loras: dict[str, LoRARequest | None] = dict.fromkeys(unadapted(policies))
+        self._numbers = count(1)  # of adapters: none is given out twice
         self._llm = self._start(first, config, max_images, len(adapters), rank)
         try:
             self.ends = end_tokens(first, self.processor.tokenizer)
@@ -78,7 +80,9 @@ class VllmEngine:
             self.close()
             raise
 
-    def _start(self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int) -> Any:
+    def _start(
+        self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
+    ) -> Any:
         serving = first.serving
         lora: dict[str, Any] = {}
         if adapters:
@@ -114,6 +118,7 @@ class VllmEngine:
                 enforce_eager=not torch.cuda.is_available(),
                 seed=0,
                 **lora,
+                **settings,
             )
         except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -133,13 +138,13 @@ class VllmEngine:
 
         if policy.serving.hash in self._loras:
             return
-        remedy = "Set eval.engine to transformers, or train what vLLM serves: LoRA on the language model"
+        remedy = "Use the transformers engine, or train what vLLM serves: LoRA on the language model"
         config, names = adapter_config(policy), adapter_tensors(policy)
         # vLLM reads neither of these and would scale every module alike.
         for key in ("alpha_pattern", "rank_pattern"):
             if config.get(key):
                 raise InputError("is not applied by vLLM", where=policy.adapter, field=key, remedy=remedy)
-        number = 1 + sum(lora is not None for lora in self._loras.values())
+        number = next(self._numbers)
         lora = LoRARequest(policy.serving.hash, number, str(policy.adapter))
         try:
             self._llm.llm_engine.add_lora(lora)
@@ -155,6 +160,12 @@ class VllmEngine:
                 remedy=remedy,
             )
         self._loras[policy.serving.hash] = lora
+
+    def remove(self, policy: Policy) -> None:
+        """Have vLLM forget an adapter."""
+        lora = self._loras.pop(policy.serving.hash)
+        if lora is not None:
+            self._llm.llm_engine.remove_lora(lora.lora_int_id)
 
     def stream(
         self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
@@ -197,10 +208,10 @@ class VllmEngine:
         parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         results = {}
         for index, output in self._run(requests, texts, deque(range(len(requests))), [parameters] * len(requests)):
-            ids, count = output.prompt_token_ids, counts[index]
-            rows = output.prompt_logprobs[-count:]
-            picked = [row[token].logprob for row, token in zip(rows, ids[-count:], strict=True)]
-            results[index] = Scored(list(ids[:-count]), picked)
+            ids, length = output.prompt_token_ids, counts[index]
+            rows = output.prompt_logprobs[-length:]
+            picked = [row[token].logprob for row, token in zip(rows, ids[-length:], strict=True)]
+            results[index] = Scored(list(ids[:-length]), picked)
         return [results[i] for i in range(len(requests))]
 
     def _order(self, requests: Sequence[Request]) -> list[int]:

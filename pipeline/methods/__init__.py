@@ -125,7 +125,8 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
     methods = [get_method(name)(_validate(name, settings)) for name, settings in expand(section).items()]
     for method in methods:
         _require(method, "lineage", train.lineage, method.lineages)
-        _require(method, "paradigm", train.paradigm, method.paradigms)
+        for phase in train.phases:
+            _require(method, "paradigm", phase, method.paradigms)
         if method.carries and {train.modules.projector, train.modules.vision} != {"frozen"}:
             problem = f"{method.name} trains nothing but its own weights"
             raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from ..adapters import Adapter, Dense, Factors
     from ..collator import Collator
+    from ..entering import Entered
     from ..recipe import Stage
     from ..replay import Replay, Replayed
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]

@@ -25,8 +25,8 @@ from .outputs import answer_loss, logit_gap, logits
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from ..entering import Entered
     from ..recipe import Stage
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 

@@ -26,8 +26,8 @@ from .hft import matrix
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
+    from ..entering import Entered
     from ..recipe import Stage
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 

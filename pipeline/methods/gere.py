@@ -26,7 +26,7 @@ from .outputs import answer_loss, divergence
 from .ternary import margin_loss
 
 if TYPE_CHECKING:
-    from ..stage import Entered
+    from ..entering import Entered
     from ..trainer import MethodLoss
 
 
@@ -69,6 +69,7 @@ class Gere(Method):
     category = "replay"
     keeps = "general data"
     cost = "`per_batch` more samples a step, one pass of the base over all of them, 2 bits a hidden unit on disk"
+    lineages = (*Method.lineages, "full")
     Config = GereConfig
     neutral = {"per_batch": 0}  # noqa: RUF012
 

@@ -30,8 +30,8 @@ from .previous import swapped
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from ..entering import Entered
     from ..recipe import Stage
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 

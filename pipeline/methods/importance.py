@@ -22,7 +22,7 @@ from .base import Method, StepView
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..stage import Entered
+    from ..entering import Entered
     from ..trainer import MethodLoss
 
 

@@ -28,8 +28,8 @@ from .base import Method, Past
 from .outputs import answer_loss, distance_to, logits
 
 if TYPE_CHECKING:
+    from ..entering import Entered
     from ..recipe import Stage
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 SIDE = 64  # of an image of noise, in pixels

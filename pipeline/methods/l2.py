@@ -17,7 +17,7 @@ from ..adapters import lora_layers
 from .base import Method, StepView
 
 if TYPE_CHECKING:
-    from ..stage import Entered
+    from ..entering import Entered
     from ..trainer import MethodLoss
 
 

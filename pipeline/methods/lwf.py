@@ -21,7 +21,7 @@ from .outputs import distance_to
 from .previous import Previous
 
 if TYPE_CHECKING:
-    from ..stage import Entered
+    from ..entering import Entered
     from ..trainer import MethodLoss
 
 

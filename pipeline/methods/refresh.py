@@ -28,7 +28,7 @@ from .outputs import answer_loss
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..stage import Entered
+    from ..entering import Entered
     from ..trainer import MethodLoss
 
 

@@ -22,8 +22,8 @@ from .buffer import Selection, ordered, parts, shares_by_age
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
+    from ..entering import Entered
     from ..recipe import Stage
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 

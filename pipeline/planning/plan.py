@@ -65,7 +65,7 @@ class Machine(NamedTuple):
 
 def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     """Plan a run; its data are prepared on the way, in the cache. `measured` are earlier runs. Raises `InputError`."""
-    from ..stage import load_processor  # here: needs trl
+    from ..entering import load_processor  # here: needs trl
 
     processes, mode = machine.launch.processes, machine.launch.config.stem
     base, notes = recipe.base_model, list[str]()
