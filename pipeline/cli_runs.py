@@ -103,7 +103,25 @@ def evaluate(
     if stage is not None:
         evaluate_stage(current, stage, terminal)
         return
-    perform_steps(current, [current.evaluate(partly=True), current.results(), current.report()], terminal)
+    perform_steps(
+        current, [current.evaluate(partly=True), *current.judging(partly=True), *current.reporting()], terminal
+    )
+    show_results(current, terminal)
+
+
+def judge(recipe: RecipeArgument, overrides: Overrides = None, run_dir: RunDir = None) -> None:
+    """Score the reasoning (`<think>`) in a run's answers with the judge that `eval.judge` names, a model or a program.
+
+    Replies are kept: after an interruption the same command goes on, and what is judged already is not asked again.
+
+    Example: `mcit judge runs/ctbench eval.judge.endpoint=http://localhost:8000/v1 eval.judge.model=NAME`
+    """
+    from .run import judge_run, show_results
+    from .terminal import Terminal
+
+    terminal = Terminal()
+    current = _start(recipe, overrides, None, run_dir, "single", None, terminal)
+    judge_run(current, terminal)
     show_results(current, terminal)
 
 

@@ -10,13 +10,15 @@ from mcit.data_prep.hub import is_pinned, pin, same_dataset
 from mcit.data_prep.places import PATHS
 from mcit.data_prep.prepare import read_task
 from mcit.data_prep.readers import is_function, source_files
+from mcit.eval.config import JudgeConfig
 from mcit.eval.hashing import hub_commit
+from mcit.eval.judge.judges import judge_identity
 from mcit.eval.report.words import old_task_verdicts
 from mcit.eval.results import read_results
 
 from .arguments import split_batch
 from .doctor import environment
-from .layers import read_layer
+from .layers import nearest, read_layer
 from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
 from .status import write_status
 from .step import Launch, Step
@@ -53,6 +55,7 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
         raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
     _check_files(recipe)
     _check_batches(recipe, launch)
+    _check_judge(recipe)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
     return before
@@ -102,6 +105,17 @@ def evaluate_stage(run: Run, k: int, terminal: Terminal) -> None:
     perform_steps(run, [step], terminal)
 
 
+def judge_run(run: Run, terminal: Terminal) -> None:
+    """Score the reasoning in what has been answered so far. Raises `InputError` without a judge, or answers."""
+    if run.recipe.eval.judge is None:
+        remedy = "Name one: eval.judge.endpoint=http://localhost:8000/v1 eval.judge.model=NAME, or eval.judge=module:function"
+        raise InputError("names no judge", where=run.recipe.name, field="eval.judge", remedy=remedy)
+    steps = [run.judge(partly=True), *run.reporting()]
+    if steps[0].inputs() is None:
+        raise InputError("has no answers to judge yet", where=run.dir, remedy=f"First: `mcit eval {run.dir}`")
+    perform_steps(run, steps, terminal)
+
+
 def show_results(run: Run, terminal: Terminal) -> None:
     """The readable matrix, the metrics, what the wrong answers on old tasks are, and where the page is."""
     results = read_results(run.dir)
@@ -135,6 +149,19 @@ def _check_batches(recipe: Recipe, launch: Launch) -> None:
         per_device = args.get("per_device_train_batch_size")
         if per_device or launch.processes > 1:
             split_batch(stage.train.global_batch_size, launch.processes, per_device)
+
+
+def _check_judge(recipe: Recipe) -> None:
+    """Refuse a program that cannot be imported, and rubrics of tasks that the stream does not have."""
+    judge = recipe.eval.judge
+    if judge is None:
+        return
+    judge_identity(judge)
+    names = [task.name for task in recipe.tasks]
+    for name in judge.rubrics if isinstance(judge, JudgeConfig) else ():
+        if name not in names:
+            field = f"eval.judge.rubrics.{name}"
+            raise InputError("no task is called so", where=recipe.name, field=field, remedy=nearest(name, names))
 
 
 def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
@@ -183,6 +210,9 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
         return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
+    if step.name == "judge":
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in marker["outcomes"].items() if count)
+        return [f"{marker['cells']} cells: {counts or 'no task asks for reasoning'}"]
     if step.name.startswith("evaluate"):
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []
