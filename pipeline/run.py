@@ -108,7 +108,7 @@ def evaluate_stage(run: Run, k: int, terminal: Terminal) -> None:
 def judge_run(run: Run, terminal: Terminal) -> None:
     """Score the reasoning in what has been answered so far. Raises `InputError` without a judge, or answers."""
     if run.recipe.eval.judge is None:
-        remedy = "Name one: eval.judge.endpoint=http://localhost:8000/v1 eval.judge.model=NAME, or eval.judge=module:function"
+        remedy = "Name one: eval.judge=module:function, or eval.judge.endpoint=http://… eval.judge.model=NAME"
         raise InputError("names no judge", where=run.recipe.name, field="eval.judge", remedy=remedy)
     steps = [run.judge(partly=True), *run.reporting()]
     if steps[0].inputs() is None:

@@ -74,7 +74,8 @@ class ModelJudge:
         return [found[i] for i in range(len(cases))]
 
     def _question(self, case: Case, attempt: int) -> Question:
-        prompt = judge_prompt(case.sample, case.response, case.rubric, self.config.instructions, attempt)
+        asked = dimensions_of(case.sample)
+        prompt = judge_prompt(case.sample, case.response, case.rubric, self.config.instructions, asked, attempt)
         return Question(prompt, case.pictures)
 
 

@@ -57,13 +57,19 @@ def dimensions_of(sample: Sample) -> tuple[Dimension, ...]:
     return DIMENSIONS if sample["images"] else tuple(name for name in DIMENSIONS if name != "grounding")
 
 
-def judge_prompt(sample: Sample, response: str, rubric: str, instructions: Instructions, attempt: int = 1) -> Prompt:
+def judge_prompt(
+    sample: Sample,
+    response: str,
+    rubric: str,
+    instructions: Instructions,
+    dimensions: tuple[Dimension, ...],
+    attempt: int = 1,
+) -> Prompt:
     """What a judge is asked about `response`, which holds a reasoning.
 
     `instructions: brief` leaves the rubric's words out, for a judge that was tuned on such prompts. From the second
     `attempt` on the judge is told that its reply could not be read.
     """
-    dimensions = dimensions_of(sample)
     think, answer = split_tags(response)
     mark = _mark(response)
     keys = ["comment", *dimensions]
