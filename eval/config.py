@@ -44,7 +44,7 @@ class JudgeConfig(EndpointConfig):
 
 def _program(name: str) -> str:
     if not is_function(name):
-        problem = "is no module:function; a model is a mapping {{endpoint: …, model: …}}"
+        problem = "is no module:function; a model is a mapping {endpoint: …, model: …}"
         raise PydanticCustomError("judge", problem)
     return name
 

@@ -156,7 +156,10 @@ def _check_judge(recipe: Recipe) -> None:
     judge = recipe.eval.judge
     if judge is None:
         return
-    judge_identity(judge)
+    try:
+        judge_identity(judge)
+    except InputError as error:
+        raise InputError(str(error), where=recipe.name, field="eval.judge") from None
     names = [task.name for task in recipe.tasks]
     for name in judge.rubrics if isinstance(judge, JudgeConfig) else ():
         if name not in names:

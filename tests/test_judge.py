@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,21 @@ def test_a_judge_that_is_down_is_one_line(run: Path) -> None:
     with pytest.raises(InputError, match="cannot be reached") as caught:
         judge(run, "http://127.0.0.1:9/v1")
     assert "\n" not in str(caught.value) and not (run / "judgements").exists()
+
+
+def test_a_judge_that_is_too_slow_is_one_line(run: Path) -> None:
+    release = threading.Event()
+
+    def hang(body: dict[str, Any]) -> Reply:
+        release.wait(20)
+        return verdict()
+
+    with serve(hang) as server:
+        try:
+            with pytest.raises(InputError, match=r"timed out.*Nothing is lost"):
+                judge(run, server.address, timeout=0.2)
+        finally:
+            release.set()
 
 
 def test_an_interrupted_judging_continues_and_gives_the_same_scores(run: Path, tmp_path: Path) -> None:
