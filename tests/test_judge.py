@@ -59,7 +59,9 @@ def test_scores_are_means_of_what_applies_and_say_who_gave_them(run: Path) -> No
     assert [markers[cell]["score"] for cell in CELLS] == [50, 50, 50]  # sums: (80 + 20) / 2
     assert markers[2, "sums"]["dimensions"] == {"logic": 80, "grounding": None, "knowledge": 20}
     assert markers[1, "art"]["judge"] | {"model": "m", "rubric_version": 1} == markers[1, "art"]["judge"]
-    assert markers[2, "art"]["policy_hash"] == "h2" and markers[1, "art"]["outcomes"]["judged"] == 4
+    assert (markers[2, "art"]["stage"], markers[2, "art"]["policy_hash"]) == (2, "h2") and markers[1, "art"][
+        "outcomes"
+    ]["judged"] == 4
     assert rows(run)[0] == {
         "id": "art-0", "outcome": "judged", "score": 50, "logic": 80, "grounding": 50, "knowledge": 20,
         "remark": "Fine.", "attempts": 1, "image_id": "image-0",

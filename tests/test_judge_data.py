@@ -14,7 +14,8 @@ from mcit.data_prep.files import read_jsonl, write_jsonl
 from mcit.data_prep.mini import rationales, tasks
 from mcit.eval.judge.agreement import agreement_files
 from mcit.eval.judge.corruptions import KINDS, corrupt, sentences
-from mcit.eval.judge.data import brief, closeness, full, mini, write_corrupted
+from mcit.eval.judge.data import brief, closeness, full, write_corrupted
+from mcit.eval.judge.mini import ratings
 
 GOLD = "There is one at the top left. There is one at the top right. That makes 2."
 OTHERS = ["There is one at the bottom left. That makes 1.", "There is one at the bottom right. That makes 1."]
@@ -82,7 +83,7 @@ def test_a_missing_step_and_babble_count_against_a_rationale() -> None:
 
 
 def test_the_mini_stream_s_judge_data_are_what_a_judge_is_asked() -> None:
-    rows = list(mini("validation"))
+    rows = list(ratings("validation"))
     assert {row["meta"]["kind"] for row in rows} == set(KINDS) and len({row["id"] for row in rows}) == 100
     for row in rows:
         gold = json.loads(row["references"][0])

@@ -16,7 +16,7 @@ from mcit.eval.judge.prompts import (
     read_verdict,
     write_verdict,
 )
-from mcit.eval.judge.rubrics import DIMENSIONS, RUBRICS
+from mcit.eval.judge.rubrics import DIMENSIONS, RUBRICS, check_rubric
 
 SAMPLE: Any = {
     "images": ["x.png"],
@@ -116,7 +116,8 @@ def test_a_tuned_judge_answers_what_is_read() -> None:
 def test_a_judge_that_cannot_be_one_is_refused(judge: Any, line: str) -> None:
     with pytest.raises(ValueError, match=line):
         EvalConfig.model_validate({"judge": judge})
-    with pytest.raises(InputError, match="mathematics"):
-        from mcit.eval.judge.rubrics import check_rubric
 
+
+def test_an_unknown_rubric_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InputError, match="Known: general, mathematics"):
         check_rubric("maths")

@@ -32,6 +32,7 @@ class JudgedCell(NamedTuple):
     stage: int
     task: PreparedTask
     run: Path
+    policy: str  # hash of what gave the answers
     judge: dict[str, Any]  # whose scores they are
     fingerprint: str  # what the scores depend on
 
@@ -70,8 +71,10 @@ def judged_cells(run: Path, cells: Iterable[tuple[int, str]], config: JudgeConfi
             answers = _predictions(run, stage, name)
             if not answers.exists():
                 raise InputError("has no answers yet", where=run, field=f"stage {stage}, {name}", remedy="`mcit eval`")
-            known = {"answers": hash_files([answers], run), "data": task["test_hash"], "judge": judge, "code": _code()}
-            found.append(JudgedCell(stage, task, run, judge, hash_json(known)))
+            policy = read_json(answers.with_name(f"{name}.done.json"))["policy_hash"]
+            known = {"answers": hash_files([answers], run), "policy": policy, "data": task["test_hash"]}
+            key = hash_json({**known, "judge": judge, "code": _code()})
+            found.append(JudgedCell(stage, task, run, policy, judge, key))
     return found
 
 
@@ -95,8 +98,7 @@ class _Sheet:
         asked = [sample for sample in read_samples(folder, "test") if sample["reasoning"] == "think"]
         limit = config.samples if isinstance(config, JudgeConfig) else None
         self.samples = chosen(asked, limit) if limit else asked
-        self.answers_file = _predictions(cell.run, cell.stage, name)
-        self.answers = {row["id"]: row for row in read_jsonl(self.answers_file)}
+        self.answers = {row["id"]: row for row in read_jsonl(_predictions(cell.run, cell.stage, name))}
         rubric = config.rubrics.get(name, "general") if isinstance(config, JudgeConfig) else ""
         images = read_images(folder) if any(sample["images"] for sample in self.samples) else {}
 
@@ -119,9 +121,9 @@ class _Sheet:
         rows = [self._row(sample, said.get(sample["id"])) for sample in self.samples]
         self.cell.marker.unlink(missing_ok=True)
         write_jsonl(self.cell.rows, rows)
-        answers = read_json(self.answers_file.with_name(f"{self.cell.task['name']}.done.json"))
-        known = {"policy_hash": answers["policy_hash"], "data_hash": self.cell.task["test_hash"]}
-        marker = {"fingerprint": self.cell.fingerprint, "judge": self.cell.judge, **known, **summary(rows)}
+        cell = self.cell
+        known = {"stage": cell.stage, "policy_hash": cell.policy, "data_hash": cell.task["test_hash"]}
+        marker = {"fingerprint": cell.fingerprint, "judge": cell.judge, **known, **summary(rows)}
         write_json(self.cell.marker, marker)
 
     def _row(self, sample: Sample, said: Judgement | None) -> Row:

@@ -1,19 +1,17 @@
 """What a judge is tuned on by the pipeline's own SFT: rated reasoning, put exactly as a judge is asked about it.
 
-`brief` and `full` are layouts of files with ratings, `mini` is a reader of the mini stream's rationales, corrupted and
-checked exactly, `closeness` is the scorer; recipes/judge/ uses them, docs/judging.md says what a file holds.
+`brief` and `full` are layouts of files with ratings, `closeness` is the scorer; recipes/judge/ uses them, docs/judging.md
+says what a file holds.
 """
 
 import random
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_jsonl
 from mcit.data_prep.forms import final_answer
-from mcit.data_prep.mini import rationales, tasks
 from mcit.data_prep.readers import read_rows
 from mcit.data_prep.rows import parse_row
 from mcit.data_prep.schema import Sample
@@ -24,7 +22,6 @@ from .prompts import Instructions, Unreadable, dimensions_of, judge_prompt, read
 from .rubrics import DIMENSIONS, Dimension, check_rubric
 
 _OTHERS = 50  # rationales of other samples that wrong facts are taken from
-_MINI = {"train": 400, "validation": 20, "test": 60}  # rationales of each task of the mini stream
 
 
 def brief(raw: dict[str, Any], part: str) -> dict[str, Any]:
@@ -48,23 +45,6 @@ def closeness(response: str, references: list[str], sample: Sample) -> float:
     return 100 - sum(abs(said[name] - gold[name]) for name in dimensions) / len(dimensions)
 
 
-def mini(part: str) -> Iterator[dict[str, Any]]:
-    """Rationales of the mini stream, in turn as they are and corrupted in each way, rated by the exact checker."""
-    readers = (
-        tasks.tuning_think_digits,
-        tasks.tuning_think_counting,
-        tasks.tuning_think_spatial,
-        tasks.tuning_think_grounding,
-        tasks.tuning_think_arithmetic,
-    )
-    for reader in readers:
-        samples = list(islice(reader(part), _MINI[part]))
-        for sample, made in _corrupted(samples, [sample["meta"]["gold_think"] for sample in samples], seed=0):
-            ratings = rationales.rate(cast(Sample, sample), made.think)
-            answer = sample["references"][0]
-            yield brief(_rated(sample, made, answer, cast(dict[Dimension, float], ratings)), part)
-
-
 def write_corrupted(source: Path, target: Path, seed: int) -> dict[str, int]:
     """Corrupt the rationales of a data file, one way a sample in turn, and write them with their ratings as JSONL.
 
@@ -86,15 +66,15 @@ def write_corrupted(source: Path, target: Path, seed: int) -> dict[str, int]:
     if not samples:
         raise InputError("no answer holds <think>…</think>", where=source)
     made = [
-        _rated(sample, found, sample["references"][0], found.ratings)
-        for sample, found in _corrupted(samples, thinks, seed)
+        rated(sample, found, sample["references"][0], found.ratings)
+        for sample, found in corrupted(samples, thinks, seed)
     ]
     write_jsonl(target, made)
     return {kind: sum(row["kind"] == kind for row in made) for kind in KINDS}
 
 
-def _corrupted(samples: list[dict[str, Any]], thinks: list[str], seed: int) -> Iterator[tuple[dict, Corrupted]]:
-    """Each sample with its rationale corrupted in one way, in turn; where one cannot be, the next way that can."""
+def corrupted(samples: list[dict[str, Any]], thinks: list[str], seed: int) -> Iterator[tuple[dict, Corrupted]]:
+    """Each sample with its rationale (of `thinks`) corrupted in one way, in turn; where it cannot be, in the next."""
     for place, (sample, think) in enumerate(zip(samples, thinks, strict=True)):
         rng = random.Random(f"{seed} {sample['id']}")
         others = [thinks[(place + i) % len(thinks)] for i in range(1, min(_OTHERS, len(thinks)))]
@@ -103,7 +83,7 @@ def _corrupted(samples: list[dict[str, Any]], thinks: list[str], seed: int) -> I
         yield sample, next(found for found in made if found)
 
 
-def _rated(
+def rated(
     sample: Mapping[str, Any], made: Corrupted, answer: str, ratings: Mapping[Dimension, float]
 ) -> dict[str, Any]:
     """A line of a ratings file."""
