@@ -1,7 +1,7 @@
 """What a judge is tuned on by the pipeline's own SFT: rated reasoning, put exactly as a judge is asked about it.
 
-`brief` and `full` are layouts of files with ratings, `closeness` is the scorer; recipes/judge/ uses them, docs/judging.md
-says what a file holds.
+`brief` and `full` are layouts of files with ratings, `closeness` is the scorer; recipes/judge/ uses them, and
+docs/judging.md says what a file holds.
 """
 
 import random
