@@ -1,10 +1,16 @@
 """The `eval:` section of a recipe."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
-from mcit.data_prep.schema import Config, TaskConfig
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.readers import is_function
+from mcit.data_prep.schema import Config, EndpointConfig, TaskConfig
+
+from .judge.prompts import Instructions
+from .judge.rubrics import check_rubric
 
 
 class DuringConfig(Config):
@@ -13,6 +19,44 @@ class DuringConfig(Config):
     dense: int = Field(default=50, ge=0)  # as many first steps of each stage are followed by an evaluation …
     growth: float = Field(default=1.3, ge=1)  # … then they come at gaps that grow by this factor
     probes: int = Field(default=64, gt=0)  # test samples asked of each task
+
+
+class JudgeConfig(EndpointConfig):
+    """`eval.judge:` of a model that reads reasoning; see docs/judging.md."""
+
+    rubrics: dict[str, str] = Field(default_factory=dict)  # task → a field's name, or what counts, in a sentence
+    instructions: Instructions = "full"  # brief: for a judge that was tuned on such prompts
+    samples: int | None = Field(default=None, gt=0)  # of each cell, the same at every stage; default: all
+    attempts: int = Field(default=3, gt=0)  # how often it is asked until its reply is a verdict
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> "JudgeConfig":
+        for key in ("endpoint", "model"):
+            if getattr(self, key) is None:
+                raise PydanticCustomError("judge", "needs `{key}`", {"key": key})
+        for rubric in self.rubrics.values():
+            try:
+                check_rubric(rubric)
+            except InputError as error:
+                raise PydanticCustomError("judge", "{error}", {"error": str(error)}) from None
+        return self
+
+
+def _program(name: str) -> str:
+    if not is_function(name):
+        problem = "is no module:function; a model is a mapping {endpoint: …, model: …}"
+        raise PydanticCustomError("judge", problem)
+    return name
+
+
+def _kind_of_judge(value: Any) -> str:
+    return "<program>" if isinstance(value, str) else "<model>"
+
+
+Judge = Annotated[
+    Annotated[JudgeConfig, Tag("<model>")] | Annotated[str, AfterValidator(_program), Tag("<program>")],
+    Discriminator(_kind_of_judge),
+]
 
 
 class EvalConfig(Config):
@@ -35,3 +79,4 @@ class EvalConfig(Config):
     # single improbable tokens differ by tenths in correct code, the mean over all probe tokens.
     parity_tolerance: float = Field(default=0.05, gt=0)
     during: DuringConfig | None = None  # None: nothing is asked while a stage trains
+    judge: Judge | None = None  # of reasoning: a model, or a program that checks it, as module:function

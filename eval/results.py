@@ -11,11 +11,14 @@ from mcit.data_prep.files import read_json, write_json
 from mcit.data_prep.prepare import read_task
 from mcit.data_prep.schema import PreparedTask
 
+from .config import JudgeConfig
 from .constraints import why_unconstrained
 from .forgetting import Forgetting, forgetting_metrics, split_forgetting
 from .general import General, general_ability, general_metrics
 from .intervals import Bounds, metric_intervals
+from .judge.cells import judged_cells
 from .metrics import continual_metrics
+from .reasoning import Reasoning, reasoning_results
 from .scoring import Verdict
 from .serving import read_serving
 from .stability import Curves, StageCurves, curves_metrics, join_curves, read_curves
@@ -116,6 +119,7 @@ class Results(TypedDict):
     forgetting: NotRequired[Forgetting]  # since each task was learned, split in superficial and essential
     images: NotRequired[Images]
     general: NotRequired[General]
+    reasoning: NotRequired[Reasoning]  # of tasks with chains of thought, where they were judged
     curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
@@ -132,11 +136,12 @@ def assemble_results(
     stages: Sequence[StageInfo],
     learned: Mapping[str, int],
     general: Sequence[str] = (),
+    judge: JudgeConfig | str | None = None,
     recipe_hash: str | None = None,
 ) -> Results:
     """Gather a run's results from its markers. `stages` are the stages 1…K; `learned` orders the columns.
 
-    `general` names the tasks beside the stream.
+    `general` names the tasks beside the stream, `judge` is the recipe's: scores that another one gave do not count.
 
     A cell counts only if it was scored on the policy and the test set that the run has now; what is left over from an
     earlier recipe is None. Works at any moment after preparation, whatever is done yet. Raises `InputError` for a task
@@ -213,6 +218,16 @@ def assemble_results(
         results["metrics"] |= general_metrics(results["general"])
     if any(costs := [(marker or {}).get("trained", {}).get("cost") for marker in trained]):
         results["cost"] = costs
+    if judge is not None:
+        here = [(k, task) for k, row in enumerate(cells) for task, marker in zip(learned, row, strict=True) if marker]
+        judged = {(c.stage, c.task["name"]): c for c in judged_cells(run_dir, here, judge) if c.is_done()}
+        markers = [
+            [read_json(judged[k, task].marker) if (k, task) in judged else None for task in learned]
+            for k in range(len(rows))
+        ]
+        if found := reasoning_results(run_dir, list(learned), learned, markers):
+            results["reasoning"] = found[0]
+            results["metrics"] |= found[1]
     if curves := _curves(folders[1:], {task: info["test_hash"] for task, info in tasks.items()}):
         results["curves"] = curves
         results["metrics"] |= curves_metrics(curves, learned, len(stages))

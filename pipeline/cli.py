@@ -10,7 +10,7 @@ import typer
 
 from mcit.data_prep.errors import InputError
 
-from . import cli_data, cli_plan, cli_publish, cli_runs, cli_tools
+from . import cli_data, cli_judge, cli_plan, cli_publish, cli_runs, cli_tools
 
 app = typer.Typer(
     help="Continual instruction tuning of vision-language models: tune task after task, measure what was forgotten.",
@@ -23,6 +23,7 @@ app.command()(cli_runs.run)
 app.command()(cli_runs.prepare)
 app.command()(cli_runs.train)
 app.command("eval")(cli_runs.evaluate)
+app.command()(cli_judge.judge)
 app.command()(cli_runs.report)
 app.command()(cli_plan.plan)
 app.command()(cli_publish.publish)
@@ -34,6 +35,8 @@ app.command()(cli_tools.methods)
 app.command()(cli_tools.doctor)
 app.command()(cli_tools.metrics)
 app.command()(cli_tools.score)
+app.command()(cli_judge.judge_data)
+app.command()(cli_judge.agreement)
 app.command()(cli_data.show)
 app.command()(cli_runs.ask)
 app.command()(cli_data.asd)

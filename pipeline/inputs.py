@@ -43,7 +43,7 @@ def stage_inputs(recipe: Recipe, stage: Stage, run_dir: Path, entering: Mapping[
 
 def effective_recipe(recipe: Recipe) -> dict[str, Any]:
     """What of a recipe can change its result."""
-    return recipe.model_dump(mode="json", exclude={"train": WITHOUT_EFFECT})
+    return recipe.model_dump(mode="json", exclude={"train": WITHOUT_EFFECT, "publish": True})
 
 
 def entering_hashes(before: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from mcit.data_prep.schema import TaskConfig
 from mcit.eval.cells import load_cell, needed_cells
 from mcit.eval.engines import FALLBACK
 from mcit.eval.hashing import cache_dir, hash_model
+from mcit.eval.judge.cells import JudgedCell, judge_cells, judged_cells
+from mcit.eval.judge.judges import judge_identity
 from mcit.eval.results import assemble_results, write_results
 from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
@@ -43,15 +46,8 @@ class Run:
     def steps(self, rows: Iterable[int] = ()) -> list[Step]:
         """All steps in order; the stages `rows` are evaluated by themselves before what is left of them is."""
         alone = [self.evaluate(row=k) for k in rows]
-        return [
-            *self.preparation(),
-            *self.training(),
-            *alone,
-            self.evaluate(),
-            self.results(),
-            self.report(),
-            *self.publication(),
-        ]
+        measured = [self.evaluate(), *self.judging(), *self.reporting()]
+        return [*self.preparation(), *self.training(), *alone, *measured, *self.publication()]
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
@@ -60,6 +56,14 @@ class Run:
     def training(self) -> list[Step]:
         """The stages 1…K."""
         return [self.train(stage) for stage in self.recipe.stages]
+
+    def judging(self, partly: bool = False) -> list[Step]:
+        """What scores reasoning, if the recipe names a judge."""
+        return [self.judge(partly)] if self.recipe.eval.judge is not None else []
+
+    def reporting(self) -> list[Step]:
+        """What gathers all that was measured."""
+        return [self.results(), self.report()]
 
     def perform(self, step: Step, show: Show) -> tuple[Facts, bool]:
         """Do a step under its lock unless it is done; returns its marker and whether there was anything to do."""
@@ -280,7 +284,7 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(exclude={"during", "general"}),  # general tasks are among the cells
+                "config": config.model_dump(exclude={"during", "general", "judge"}),  # general tasks are cells
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
                 "data": hashes_of_test_sets(self.dir, (task for _, task in wanted)),
             }
@@ -309,13 +313,48 @@ class Run:
         step = Step(name, title, marker, lambda: not left(cells() or []), inputs, work)
         return step
 
+    def judge(self, partly: bool = False) -> Step:
+        """Scores of the reasoning in all answers that are needed (`partly`: that there are), by `eval.judge`."""
+        judge, evaluated = self.recipe.eval.judge, self.evaluate(partly=partly)
+
+        def cells() -> list[JudgedCell] | None:
+            if judge is None or evaluated.done() is None:
+                return None
+            config, general = self.recipe.eval, [task.name for task in self.recipe.eval.general]
+            wanted = [(k, task) for k, task in self._needed_cells() if task not in general]
+            done = [k for k, step in enumerate([self.check(), *self.training()]) if step.done()]
+            there = [cell for cell in wanted if cell[0] in done and load_cell(self.dir, *cell, config).is_done()]
+            return judged_cells(self.dir, there, judge)
+
+        def inputs() -> Facts | None:
+            found = cells()
+            if found is None or judge is None:
+                return None
+            known = {f"{cell.stage} {cell.task['name']}": cell.fingerprint for cell in found}
+            return {"judge": judge_identity(judge), "cells": known}
+
+        def work(show: Show, lock: int) -> Facts:
+            found = cells() or []
+            todo = [cell for cell in found if not cell.is_done()]
+            if judge is not None and todo:
+                judge_cells(todo, judge, cache_dir(), show)
+            outcomes = Counter[str]()
+            for cell in found:
+                outcomes.update(read_json(cell.marker)["outcomes"])
+            return {"cells": len(found), "outcomes": dict(outcomes)}
+
+        def there() -> bool:
+            return all(cell.is_done() for cell in cells() or [])
+
+        return Step("judge", "judge reasoning", self._marker("judge"), there, inputs, work)
+
     def results(self) -> Step:
         """RUN/results.json, gathered from the markers."""
         recipe, path = self.recipe, self.dir / "results.json"
-        scored = {key: value for key, value in effective_recipe(recipe).items() if key != "publish"}
+        effective = effective_recipe(recipe)
 
         def inputs() -> Facts | None:
-            return {"recipe": scored} if self.check().done() else None
+            return {"recipe": effective} if self.check().done() else None
 
         def work(show: Show, lock: int) -> Facts:
             results = assemble_results(
@@ -325,7 +364,9 @@ class Run:
                 method=recipe.method,
                 stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
                 learned=recipe.learned,
-                recipe_hash=hash_json(effective_recipe(recipe)),
+                general=[task.name for task in recipe.eval.general],
+                judge=recipe.eval.judge,
+                recipe_hash=hash_json(effective),
             )
             if not path.exists() or read_json(path) != results:
                 write_results(self.dir, results)

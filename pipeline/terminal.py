@@ -88,9 +88,30 @@ class Terminal:
         if split := results.get("forgetting", {}).get("mean"):
             loss, essential, superficial = (split[part]["value"] for part in ("loss", "essential", "superficial"))
             self.say(f"lost above chance {loss:.1f}: {essential:.1f} essential, {superficial:.1f} superficial")
+        if reasoning := results.get("reasoning"):
+            self._reasoning(results, reasoning)
         if (general := metrics.get("general")) is not None:
             before = metrics.get("general_base")
             self.say(f"general {general:.1f}" + (f", of the base {before:.1f}" if before is not None else ""))
+
+    def _reasoning(self, results: Mapping[str, Any], reasoning: Mapping[str, Any]) -> None:
+        """Mean reasoning scores, what was lost of them beside the answers, and what has no score."""
+        known = [
+            f"{name} {value:.1f}"
+            for name, value in results["metrics"].items()
+            if name.startswith("reasoning_") and value is not None
+        ]
+        if known:
+            self.say("   ".join(known))
+        if lost := reasoning["mean"]:
+            values = [lost[part]["value"] for part in ("reasoning", "answer")]
+            self.say("lost since learned, earlier tasks: reasoning {:.1f}, answers {:.1f}".format(*values))
+        outcomes = Counter[str]()
+        for cell in (cell for row in reasoning["outcomes"] for cell in row if cell):
+            outcomes.update(cell)
+        missing = [f"{outcomes[key]} {key}" for key in ("cut", "unreadable", "refused") if outcomes[key]]
+        if missing:
+            self.say(f"reasoning without a score: {', '.join(missing)} of {outcomes.total()}", "yellow")
 
     def status(self, status: Mapping[str, Any]) -> None:
         """What is done, running and left: a line a step, with its SLURM job; of a sweep a line a run."""
