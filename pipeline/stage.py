@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +164,10 @@ def _train(entered: Entered, work: Workplace, run_dir: Path, make_trainer: MakeT
         last = entered.phase == stage.train.phases[-1]
         save = what_to_save(entered, last)
         states = {method.name: method.finish(tuned, entered.samples) for method in entered.methods} if last else {}
+        seconds = live.seconds
+        cost = stage_cost(trainer, seconds, stage.train.batch_size(entered.phase))  # of all processes
         if trainer.accelerator.is_main_process:
-            _write(entered, work, trainer, save, states, live.seconds, notes, during)
+            _write(entered, work, trainer, save, states, {"seconds": seconds, "cost": cost, "notes": notes}, during)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
 
@@ -176,11 +178,10 @@ def _write(
     trainer: Any,
     save: Save,
     states: States,
-    seconds: float,
-    notes: Sequence[str],
+    told: dict[str, Any],
     during: During | None,
 ) -> None:
-    """The folder of a stage, or of its first phase."""
+    """Write the folder of a stage, or of its first phase; `told` is for `trained.json` beside what is found here."""
     stage, half, output = entered.stage, entered.entry.half, work.finished
     served = save(states, output)
     for name, state in states.items():
@@ -189,14 +190,12 @@ def _write(
     write_jsonl(output / "train_log.jsonl", [*log, *map(finite, trainer.state.log_history)])
     summary = {
         "fingerprint": work.fingerprint,
-        "seconds": seconds,
         "steps": trainer.state.global_step,
         "samples": len(entered.samples),
         "processes": trainer.accelerator.num_processes,
         "mode": trainer.mode,
         "trained_parameters": sum(one.numel() for one in trained_parameters(entered.model).values()),
-        "cost": stage_cost(trainer, seconds, stage.train.batch_size(entered.phase)),
-        "notes": notes,
+        **told,
         **trainer.report(),
     }
     if half:
