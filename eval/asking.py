@@ -1,7 +1,8 @@
 """The ways in which a cell's questions are asked, and the answers there are so far to each, on disk and in a cache."""
 
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -52,6 +53,14 @@ class Asking:
             self.engine, self.answers = engine, {}
         return [name for name in self.requests if name not in self.answers]
 
+    def settled(self, name: str, free: Mapping[str, Any]) -> bool:
+        """Whether a question held to its form would be answered as it was freely.
+
+        It would where the free answer has the form: each of its tokens was the likeliest of all, so it is the likeliest
+        of those that are allowed.
+        """
+        return free["finished"] and re.fullmatch(self.requests[name].pattern, free["text"]) is not None
+
     def open(self) -> TextIO:
         """The partial file, holding what is known already, open for more; each line is written at once."""
         write_jsonl(self.partial, [self._header(), *self.answers.values()])
@@ -59,7 +68,7 @@ class Asking:
 
     def keep(self, cache: Path) -> None:
         """Put complete answers where other runs find them."""
-        if not self._cached(cache).exists():
+        if self.requests and not self._cached(cache).exists():
             write_jsonl(self._cached(cache), [self._header(), *(self.answers[name] for name in self.requests)])
 
     def _header(self) -> dict[str, Any]:

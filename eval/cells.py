@@ -49,6 +49,11 @@ class Cell:
         """Whether everything that is asked has an answer."""
         return all(asking.is_complete for asking in self.askings)
 
+    @property
+    def held(self) -> Asking | None:
+        """The questions that are asked again with their answers held to a form."""
+        return next((asking for asking in self.askings if asking.kind == "constrained"), None)
+
     def is_done(self) -> bool:
         """Whether its scores are there and still valid."""
         marker = read_json(self.marker) if self.marker.exists() else {}

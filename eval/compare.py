@@ -14,8 +14,9 @@ import numpy as np
 from mcit.data_prep.files import read_jsonl
 
 from .results import read_results
-from .stats import LEVEL, RESAMPLES, Interval, image_clusters, mean_interval
+from .stats import LEVEL, Interval, image_clusters, mean_interval
 
+RESAMPLES = 9_999  # scipy's default
 _BATCH = 100  # resamples computed at once; memory is this times the images of all tasks
 
 What = Literal["last", "change"]

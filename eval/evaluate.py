@@ -152,31 +152,66 @@ def _answer(engine: Engine, cells: Sequence[Cell], config: EvalConfig, cache: Pa
         files = {asking: stack.enter_context(asking.open()) for _, asking, _ in left}
         before = time.monotonic()
 
-        def keep(cell: Cell, asking: Asking, name: str, answer: dict[str, Any]) -> None:
-            nonlocal before
-            asking.answers[name] = {"id": name, **answer}
+        def note(asking: Asking, name: str, answer: Mapping[str, Any]) -> None:
+            asking.answers[name] = {**answer, "id": name}
             files[asking].write(json.dumps(asking.answers[name], ensure_ascii=False) + "\n")
+
+        def keep(cell: Cell, asking: Asking, name: str, answer: Mapping[str, Any]) -> None:
+            nonlocal before
+            note(asking, name, answer)
+            if asking.kind == "free" and (held := _held(cell, name)) and held.settled(name, answer):
+                note(held, name, answer)
             now = time.monotonic()
             cell.seconds, before = cell.seconds + now - before, now
             if cell.is_complete:
                 _finish(cell, cache)
+
+        def then(index: int, response: Response) -> Request | None:
+            """A free answer that has not the form is asked for again, held to it."""
+            cell, asking, name = asked[index]
+            held = _held(cell, name) if asking.kind == "free" else None
+            if held is None or held.settled(name, response._asdict()):
+                return None
+            asked.append((cell, held, name))
+            return held.requests[name]
 
         for cell, asking, names in left:
             if asking.kind == "gold":
                 scored = engine.logprobs([asking.requests[name] for name in names])
                 for name, (_, logprobs) in zip(names, scored, strict=True):
                     keep(cell, asking, name, {"logprob": math.fsum(logprobs), "tokens": len(logprobs)})
+            elif asking.kind == "constrained":  # of answers that were there already
+                for name in names:
+                    free = cell.askings[0].answers.get(name)
+                    if free and asking.settled(name, free):
+                        keep(cell, asking, name, free)
         asked = list(_turns(left))
         requests = [asking.requests[name] for _, asking, name in asked]
-        for index, response in _progress(engine.stream(requests, config.max_new_tokens), len(requests)):
+        for index, response in _progress(engine.stream(requests, config.max_new_tokens, then), asked):
             keep(*asked[index], response._asdict())
 
 
+def _held(cell: Cell, name: str) -> Asking | None:
+    """The asking that holds a sample's answer to its form, if it has no answer yet."""
+    held = cell.held
+    return held if held and name in held.requests and name not in held.answers else None
+
+
 def _turns(left: Iterable[tuple[Cell, Asking, list[str]]]) -> Iterator[tuple[Cell, Asking, str]]:
-    """What is to be answered, cell by cell; a question in its several ways at once, so that it finds warm caches."""
-    for _, ways in groupby(left, key=lambda one: one[0]):
-        spoken = [[(cell, asking, name) for name in names] for cell, asking, names in ways if asking.kind != "gold"]
-        yield from (one for turn in zip_longest(*spoken) for one in turn if one)
+    """What is to be asked, cell by cell; a question in its several ways at once, so that it finds warm caches.
+
+    What is held to a form comes after the free answer, and is asked here only where that is there already.
+    """
+    for cell, ways in groupby(left, key=lambda one: one[0]):
+        asked = [
+            [(cell, asking, name) for name in names if name not in asking.answers and _is_due(cell, asking, name)]
+            for _, asking, names in ways
+        ]
+        yield from (one for turn in zip_longest(*asked) for one in turn if one)
+
+
+def _is_due(cell: Cell, asking: Asking, name: str) -> bool:
+    return asking.kind != "gold" and (asking.kind != "constrained" or name in cell.askings[0].answers)
 
 
 def _finish(cell: Cell, cache: Path) -> None:
@@ -184,19 +219,22 @@ def _finish(cell: Cell, cache: Path) -> None:
     _say(f"stage {cell.stage}  {cell.task['name']:<16} {score:6.2f}")
 
 
-def _progress(answers: Iterator[tuple[int, Response]], total: int) -> Iterator[tuple[int, Response]]:
-    """Pass answers on, with a bar on a terminal and a line now and then elsewhere."""
+def _progress(answers: Iterator[tuple[int, Response]], asked: Sequence[object]) -> Iterator[tuple[int, Response]]:
+    """Pass answers on, with a bar on a terminal and a line now and then elsewhere. `asked` may grow."""
     if sys.stderr.isatty():
         from tqdm import tqdm
 
-        yield from tqdm(answers, total=total, desc="answers", unit="")
+        with tqdm(answers, total=len(asked), desc="answers", unit="") as bar:
+            for answer in bar:
+                bar.total = len(asked)
+                yield answer
         return
     last = time.monotonic()
     for done, answer in enumerate(answers, 1):
         yield answer
         if time.monotonic() - last > _PRINT_EVERY:
             last = time.monotonic()
-            _say(f"{done} of {total} answers")
+            _say(f"{done} of {len(asked)} answers")
 
 
 def _say(line: str) -> None:

@@ -15,7 +15,7 @@ from mcit.data_prep.chat import open_image, render_chat, to_chat
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
 from mcit.eval.config import EvalConfig
-from mcit.eval.engines import Policy, Request, generate, make_engine
+from mcit.eval.engines import Policy, Request, Response, generate, make_engine
 from mcit.eval.engines.base import image_tokens
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import EngineFailed, VllmEngine, max_lora_rank, why_not_vllm
@@ -140,6 +140,28 @@ def test_held_to_a_pattern_both_engines_say_the_same_and_nothing_else(
     assert finished >= {*PATTERNS[:4]}
     free = generate(fast, requests, 16)
     assert not any(re.fullmatch(pattern, answer.text) for answer in free for pattern in PATTERNS)
+
+
+def test_what_follows_from_an_answer_is_asked_too(
+    fast: VllmEngine, slow: TransformersEngine, requests: list[Request]
+) -> None:
+    held = [request._replace(pattern=PATTERNS[0]) for request in requests]
+    expected = generate(fast, held, TOKENS)
+    for engine in (fast, slow):
+        followed: list[int] = []
+
+        def then(index: int, answer: Response, followed: list[int] = followed) -> Request | None:
+            if index >= len(requests) or index % 2:
+                return None
+            followed.append(index)
+            return held[index]
+
+        answers = dict(engine.stream(requests, TOKENS, then))
+        assert sorted(followed) == list(range(0, len(requests), 2))
+        assert sorted(answers) == list(range(len(requests) + len(followed)))
+        for place, index in enumerate(followed, len(requests)):
+            assert answers[place] == expected[index]
+        assert [answers[i] for i in range(len(requests))] == generate(engine, requests, TOKENS)
 
 
 def test_an_answer_that_only_one_choice_leaves_is_given(fast: VllmEngine, slow: TransformersEngine, requests) -> None:

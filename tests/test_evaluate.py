@@ -44,11 +44,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     questions: list[str] = []
     stream = TransformersEngine.stream
 
-    def spy(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+    def spy(self: Any, requests: Sequence[Request], *others: Any) -> Iterator[tuple[int, Response]]:
         for r in requests:
             question = r.prompt[0]["content"].split("\n")[0]
             questions.append(f"{r.policy.serving.stage} {question}{' (held)' if r.pattern else ''}")
-        return stream(self, requests, max_new_tokens)
+        return stream(self, requests, *others)
 
     monkeypatch.setattr(TransformersEngine, "stream", spy)
     return questions
@@ -198,8 +198,8 @@ def test_an_interrupted_evaluation_leaves_nothing_that_counts(
     config = SLOW.model_copy(update={"batch_size": 1})
     stream = TransformersEngine.stream
 
-    def interrupted(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
-        for count, answer in enumerate(stream(self, requests, max_new_tokens)):
+    def interrupted(self: Any, requests: Sequence[Request], *others: Any) -> Iterator[tuple[int, Response]]:
+        for count, answer in enumerate(stream(self, requests, *others)):
             if count == 4:
                 raise KeyboardInterrupt
             yield answer
@@ -253,8 +253,8 @@ def test_it_continues_between_free_and_constrained_answers(
     config = HELD.model_copy(update={"batch_size": 1})
     stream = TransformersEngine.stream
 
-    def interrupted(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
-        for count, answer in enumerate(stream(self, requests, max_new_tokens)):
+    def interrupted(self: Any, requests: Sequence[Request], *others: Any) -> Iterator[tuple[int, Response]]:
+        for count, answer in enumerate(stream(self, requests, *others)):
             if count == 8:  # all six free ones come first here, then two of the others
                 raise KeyboardInterrupt
             yield answer
@@ -280,10 +280,10 @@ def test_answers_without_the_image_stand_beside_the_true_ones(run: Path, monkeyp
     shown: dict[str, set[tuple[Path, ...]]] = {}
     stream = TransformersEngine.stream
 
-    def spy(self: Any, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+    def spy(self: Any, requests: Sequence[Request], *others: Any) -> Iterator[tuple[int, Response]]:
         for request in requests:
             shown.setdefault(request.prompt[0]["content"], set()).add(tuple(request.images))
-        return stream(self, requests, max_new_tokens)
+        return stream(self, requests, *others)
 
     monkeypatch.setattr(TransformersEngine, "stream", spy)
     evaluate_cells(run, [(1, "seen")], SLOW.model_copy(update={"image_probe": 4}))

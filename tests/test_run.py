@@ -305,6 +305,7 @@ def test_what_is_redone_follows_from_what_changed(folder):
     assert left() == []
     assert left("name=other") == ["results", "report"]
     assert left("eval.max_new_tokens=5") == evaluation
+    assert left("eval.constrained=false") == left("eval.image_probe=2") == evaluation
     assert left("train.rft.args.beta=0.1") == ["settings", "results", "report"]  # no stage is rft
     assert left("stream.second.overrides.lora.r=4") == ["settings", "train/2", *evaluation]
     assert left("stream.first.overrides.lora.r=4") == ["settings", "train/1", "train/2", *evaluation]

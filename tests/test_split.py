@@ -1,12 +1,15 @@
 """The split on policies that were broken on purpose: one lost only its form, another only its knowledge."""
 
+import shutil
 import textwrap
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mcit.data_prep.files import read_json
+from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.asking import Asking
+from mcit.eval.evaluate import evaluate_cells
 from mcit.eval.forgetting import split_forgetting
 from mcit.pipeline.layers import RECIPES
 from mcit.pipeline.recipe import load_recipe
@@ -100,3 +103,16 @@ def test_the_run_says_so(run: Path) -> None:
     assert results["metrics"]["superficial"] == colours["superficial"]["value"]
     assert results["constrained"]["known"][2][0] > 90 > 10 > results["constrained"]["known"][3][0]
     assert results["metrics"]["KC"] >= results["metrics"]["TA"] == results["metrics"]["MFN"]
+
+
+def test_an_answer_that_has_its_form_would_be_the_same_held_to_it(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it is not asked for again. Here it is, all the same."""
+    copied = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    before = read_jsonl(run / "predictions" / "01" / "colours.jsonl")
+    assert sum(row["verdict"] == "correct" for row in before) > 90
+    (copied / "predictions" / "01" / "colours.done.json").unlink()
+    monkeypatch.setattr(Asking, "settled", lambda *_: False)
+    evaluate_cells(copied, [(1, "colours")], load_recipe(run).eval, tmp_path / "cache")
+    assert read_jsonl(copied / "predictions" / "01" / "colours.jsonl") == before

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -91,6 +91,9 @@ class Scored(NamedTuple):
     logprobs: list[float]  # of each token of the completion and of the end token, in nats
 
 
+Then = Callable[[int, Response], Request | None]
+
+
 class Engine(Protocol):
     """Serves the policies it was made with and their base; another one's request is a `KeyError`, never answered.
 
@@ -99,8 +102,14 @@ class Engine(Protocol):
 
     name: str
 
-    def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
-        """Answer greedily; gives (index of the request, response) as each is done, in any order."""
+    def stream(
+        self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
+    ) -> Iterator[tuple[int, Response]]:
+        """Answer greedily; gives (index of the request, response) as each is done, in any order.
+
+        `then` is told of each answer before it is given, and may return one more request to the same policy, about the
+        same images. It is asked soon, while they are in the caches, and gets the next index after all others.
+        """
         ...
 
     def logprobs(self, requests: Sequence[Request]) -> list[Scored]:

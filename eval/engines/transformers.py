@@ -17,6 +17,7 @@ from .base import (
     Request,
     Response,
     Scored,
+    Then,
     adapter_config,
     adapter_tensors,
     answer_text,
@@ -93,9 +94,12 @@ class TransformersEngine:
                 remedy="The adapter belongs to another base, or its files are incomplete",
             )
 
-    def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
-        """See `Engine.stream`. One batch is decoded at a time."""
+    def stream(
+        self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
+    ) -> Iterator[tuple[int, Response]]:
+        """See `Engine.stream`. One batch is decoded at a time; what follows from answers comes after all of them."""
         prompts = [render(self.processor, request) for request in requests]
+        more: list[Request] = []
         for batch in self._batches(requests, prompts):
             for index, (ids, finished) in zip(
                 batch,
@@ -103,7 +107,13 @@ class TransformersEngine:
                 strict=True,
             ):
                 text = answer_text(self.processor.tokenizer, ids, self.ends)
-                yield index, Response(text, finished, len(ids), prompts[index])
+                answer = Response(text, finished, len(ids), prompts[index])
+                if then and (request := then(index, answer)):
+                    more.append(request)
+                yield index, answer
+        if more:
+            for index, answer in self.stream(more, max_new_tokens):
+                yield len(requests) + index, answer
 
     @cached_property
     def _patterns(self) -> "Patterns":

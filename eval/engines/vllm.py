@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.chat import open_image, tokenizer_options
@@ -15,6 +16,7 @@ from .base import (
     Request,
     Response,
     Scored,
+    Then,
     adapter_config,
     adapter_tensors,
     answer_text,
@@ -153,11 +155,14 @@ class VllmEngine:
             )
         self._loras[policy.serving.hash] = lora
 
-    def stream(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[tuple[int, Response]]:
+    def stream(
+        self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
+    ) -> Iterator[tuple[int, Response]]:
         """See `Engine.stream`. The order of work is image → adapter → question, for the encoder and prefix caches."""
         from vllm import SamplingParams
         from vllm.sampling_params import StructuredOutputsParams
 
+        @cache
         def parameters(pattern: str) -> SamplingParams:
             return SamplingParams(
                 temperature=0,
@@ -168,14 +173,20 @@ class VllmEngine:
                 detokenize=False,
             )
 
-        by_pattern = {pattern: parameters(pattern) for pattern in {request.pattern for request in requests}}
+        requests, waiting = list(requests), deque(self._order(requests))
         prompts = [render(self.processor, request) for request in requests]
-        asked = [by_pattern[request.pattern] for request in requests]
-        for index, output in self._run(requests, prompts, self._order(requests), asked):
+        asked = [parameters(request.pattern) for request in requests]
+        for index, output in self._run(requests, prompts, waiting, asked):
             answer = output.outputs[0]
             ids = list(answer.token_ids)
             text = answer_text(self.processor.tokenizer, ids, self.ends)
-            yield index, Response(text, answer.finish_reason == "stop", len(ids), prompts[index])
+            response = Response(text, answer.finish_reason == "stop", len(ids), prompts[index])
+            if then and (request := then(index, response)):
+                waiting.appendleft(len(requests))
+                requests.append(request)
+                prompts.append(render(self.processor, request))
+                asked.append(parameters(request.pattern))
+            yield index, response
 
     def logprobs(self, requests: Sequence[Request]) -> list[Scored]:
         """See `Engine.logprobs`. The prompt's cached prefix is not read, or there would be no log-probs for it."""
@@ -184,7 +195,7 @@ class VllmEngine:
         texts, counts = zip(*(completed(self.processor, request) for request in requests), strict=True)
         parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         results = {}
-        for index, output in self._run(requests, texts, range(len(requests)), [parameters] * len(requests)):
+        for index, output in self._run(requests, texts, deque(range(len(requests))), [parameters] * len(requests)):
             ids, count = output.prompt_token_ids, counts[index]
             rows = output.prompt_logprobs[-count:]
             picked = [row[token].logprob for row, token in zip(rows, ids[-count:], strict=True)]
@@ -203,10 +214,12 @@ class VllmEngine:
         return sorted(range(len(requests)), key=key)
 
     def _run(
-        self, requests: Sequence[Request], texts: Sequence[str], order: Sequence[int], parameters: Sequence[Any]
+        self, requests: Sequence[Request], texts: Sequence[str], waiting: deque[int], parameters: Sequence[Any]
     ) -> Iterator[tuple[int, Any]]:
-        """(index, vLLM's output) as each request ends; the queue is topped up, so that the engine never runs dry."""
-        waiting = deque(order)
+        """(index, vLLM's output) as each request ends; the queue is topped up, so that the engine never runs dry.
+
+        `waiting` holds the indices in the order of work; whoever takes an output may add to it and to the others.
+        """
         running: dict[str, int] = {}
         try:
             while waiting or running:
