@@ -63,6 +63,13 @@ class Images(TypedDict):
     n: list[list[int | None]]
 
 
+class Served(TypedDict):
+    """How the policy of a stage was served."""
+
+    engines: list[str]  # those that gave its answers
+    log_prob_gap: float | None  # in nats, the largest to transformers with the adapter on the base; of the probes
+
+
 class Hashes(TypedDict):
     """What the numbers depend on, as SHA-256."""
 
@@ -102,6 +109,7 @@ class Results(TypedDict):
     images: NotRequired[Images]
     general: NotRequired[General]
     curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained
+    served: NotRequired[list[Served]]  # stage → how
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
     seconds: Seconds
@@ -163,6 +171,7 @@ def assemble_results(
         "n": table("n"),
         "verdicts": table("verdicts"),
         "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
+        "served": [_served([*row, *others]) for row, others in zip(cells, columns, strict=True)],
         "hashes": {
             "recipe": recipe_hash,
             "data": {task: info["hash"] for task, info in tasks.items()},
@@ -220,6 +229,13 @@ def read_results(run_dir: Path) -> Results:
 
 def _info(task: PreparedTask) -> TaskInfo:
     return {"name": task["name"], "style": task["style"], "scorer": task["scorer"], "n": task["counts"]["test"]}
+
+
+def _served(row: Sequence[Mapping[str, Any] | None]) -> Served:
+    markers = [marker for marker in row if marker]
+    gaps = [marker["log_prob_gap"] for marker in markers if marker.get("log_prob_gap") is not None]
+    engines = sorted({marker["engine"] for marker in markers if "engine" in marker})
+    return {"engines": engines, "log_prob_gap": max(gaps, default=None)}
 
 
 def _form_and_content(*final: Sequence[float | None]) -> dict[str, float | None]:

@@ -280,7 +280,9 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(exclude={"during", "general"}),  # general tasks are among the cells
+                "config": config.model_dump(
+                    exclude={"during", "general", "remote"}
+                ),  # general tasks are among the cells
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
                 "data": self._test_hashes(task for _, task in wanted),
             }

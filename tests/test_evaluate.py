@@ -1,6 +1,7 @@
 """Cells of the matrix: complete or absent, continued where they stopped, never asked twice."""
 
 import json
+import re
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,41 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert marker["data_hash"] == read_json(run / "data" / task / "task.json")["test_hash"]
         assert marker["engine"] == "vllm"
         assert not (run / "predictions" / f"{k:02d}" / f"{task}.partial.jsonl").exists()
+
+
+def test_adapters_above_the_highest_rank_are_served_as_merged_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under a limit of 4: base and rank 4 share an engine, rank 8 has one of its own, whose weights are gone after."""
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(vllm, "MAX_RANK", 4)
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    base_policy(run / "stages")
+    lora_policy(run / "stages", 1, "low", 4)
+    lora_policy(run / "stages", 2, "high", 8)
+    make_task(run, "seen", 1, 6)
+    cells = [(k, "seen") for k in range(3)]
+    evaluate_cells(run, cells, EvalConfig(engine="vllm", max_new_tokens=8, probes=2, constrained=False))
+    markers = [read_json(run / "predictions" / f"{k:02d}" / "seen.done.json") for k in range(3)]
+    assert [marker["engine"] for marker in markers] == ["vllm", "vllm", "vllm (merged copy)"]
+    for k, marker in enumerate(markers):
+        proof = read_json(next((run / "stages").glob(f"{k:02d}-*/liveness.json")))
+        assert marker["log_prob_gap"] == proof["gap_max"] < 1e-3 and proof["engine"] == marker["engine"]
+    lines = capsys.readouterr().out
+    assert re.search(r"vllm started in .* policies: 2\n", lines)
+    assert re.search(r"vllm \(merged copy\) started in .* policies: 1\n", lines)
+    assert re.search(r"stage 2 \(high\): acts .*, vllm \(merged copy\) and transformers agree within", lines)
+    assert [path.suffix for path in (tmp_path / "cache" / "merged").iterdir()] == [".lock"]
+    merged = [[row["response"] for row in predictions(run, k)] for k in range(3)]
+    assert merged[0] != merged[1] != merged[2] != merged[0]
+
+    monkeypatch.undo()  # served as a LoRA, the same adapter says the same
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "another-cache"))
+    (run / "predictions" / "02" / "seen.done.json").unlink()
+    evaluate_cells(run, cells, EvalConfig(engine="vllm", max_new_tokens=8, probes=2, constrained=False))
+    assert [row["response"] for row in predictions(run, 2)] == merged[2]
+    assert read_json(run / "predictions" / "02" / "seen.done.json")["engine"] == "vllm"
 
 
 def test_nothing_is_asked_twice(run: Path, no_engine: pytest.MonkeyPatch) -> None:
