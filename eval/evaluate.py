@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from mcit.data_prep.errors import InputError
+from mcit.data_prep.errors import InputError, no_room
 from mcit.data_prep.files import hash_json, read_json
 from mcit.data_prep.schema import Config
 
@@ -204,10 +204,16 @@ def _answer(engine: Engine, cells: Sequence[Cell], config: EvalConfig, cache: Pa
 
 def _likelihoods(engine: Engine, requests: Sequence[Request]) -> list[Scored]:
     try:
-        return engine.logprobs(requests)
+        scored = engine.logprobs(requests)
     except Unscored as reason:
         remedy = "Tasks beside the stream need them: use another engine, or leave them out"
         raise InputError(str(reason), field="eval.general", remedy=remedy) from None
+    for request, one in zip(requests, scored, strict=True):
+        if not all(map(math.isfinite, one.logprobs)):
+            serving = request.policy.serving
+            problem = f"log-probabilities of stage {serving.stage} are not finite: broken weights, or too much for "
+            raise InputError(problem + serving.dtype, where=request.policy.folder, field=request.completion[:60])
+    return scored
 
 
 def _held(cell: Cell, name: str) -> Asking | None:
@@ -280,7 +286,10 @@ def main() -> None:
             first = error.errors()[0]
             raise InputError(first["msg"], where=options.cells, field=".".join(map(str, first["loc"]))) from None
         sys.path += wanted.modules  # last: a folder of theirs may be called like a library
-        evaluate_cells(options.run, wanted.cells, wanted.config)
+        try:
+            evaluate_cells(options.run, wanted.cells, wanted.config)
+        except OSError as error:
+            raise no_room(error, options.run / "predictions") from error
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

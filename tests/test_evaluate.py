@@ -370,6 +370,37 @@ def test_a_full_disk_leaves_nothing_that_counts(run: Path) -> None:
     assert len(predictions(run, 0)) == 6
 
 
+def test_a_full_disk_is_one_line_of_the_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SLOW.model_copy(update={"batch_size": 1}).model_dump()
+    write_json(run / "cells.json", {"cells": [[0, "seen"], [1, "seen"]], "config": config})
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(run), "--cells", str(run / "cells.json")])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        with pytest.raises(SystemExit) as end:
+            evaluate.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    place = re.escape(str(run / "predictions"))
+    assert re.fullmatch(rf"error: {place}: File too large\. Make room and run it again: what is done is kept\n", said)
+    assert end.value.code == 2
+
+
+def test_log_probs_that_are_no_numbers_are_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a proof that has found nothing: only some inputs overflow."""
+    config = SLOW.model_copy(update={"general": [TaskConfig(name="seen", test="x.json")]})
+    evaluate_cells(run, [(1, "seen")], SLOW)
+    logprobs = TransformersEngine.logprobs
+    broken = lambda *given: [one._replace(logprobs=[float("nan")]) for one in logprobs(*given)]  # noqa: E731
+    monkeypatch.setattr(TransformersEngine, "logprobs", broken)
+    with pytest.raises(InputError, match=r"01-seen: no: log-probabilities of stage 1 are not finite"):
+        evaluate_cells(run, [(1, "seen")], config)
+    assert len(predictions(run, 1)) == 6
+
+
 def test_an_adapter_of_another_base_is_refused(run: Path) -> None:
     lora_policy(run / "stages", 2, "foreign", 4, base_hash="f" * 64)
     with pytest.raises(InputError, match=r"02-foreign/serving\.json: base_hash: was made for another base model"):

@@ -49,6 +49,13 @@ def share(policies: Iterable[Policy], config: EvalConfig) -> list[list[Policy]]:
     return sorted(groups.values(), key=len, reverse=True)
 
 
+def gpus() -> int:
+    """The GPUs that this process sees; vLLM runs on each of them."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def make_engine(
     policies: Sequence[Policy], config: EvalConfig, max_images: int, say: Callable[[str], None] = print
 ) -> Engine:
@@ -71,6 +78,10 @@ def make_engine(
         reason = why_not_vllm(policies[0])
         if reason is None:
             try:
+                if (count := gpus()) > 1:
+                    from .replicas import ReplicatedEngine
+
+                    return ReplicatedEngine(policies, config, max_images, count)
                 return VllmEngine(policies, config, max_images)
             except EngineFailed as error:
                 reason = str(error)
