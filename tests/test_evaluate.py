@@ -114,7 +114,7 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_adapters_above_the_highest_rank_are_served_as_merged_copies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Under a limit of 4: base and rank 4 share an engine, rank 8 has one of its own, whose weights are gone after."""
     pytest.importorskip("vllm")
@@ -132,7 +132,7 @@ def test_adapters_above_the_highest_rank_are_served_as_merged_copies(
     for k, marker in enumerate(markers):
         proof = read_json(next((run / "stages").glob(f"{k:02d}-*/liveness.json")))
         assert marker["log_prob_gap"] == proof["gap_max"] < 1e-3 and proof["engine"] == marker["engine"]
-    lines = capsys.readouterr().out
+    lines = capfd.readouterr().out
     assert re.search(r"vllm started in .* policies: 2\n", lines)
     assert re.search(r"vllm \(merged copy\) started in .* policies: 1\n", lines)
     assert re.search(r"stage 2 \(high\): acts .*, vllm \(merged copy\) and transformers agree within", lines)

@@ -58,6 +58,7 @@ def endpoint(stages: Path, policies: list[Policy]) -> Iterator[str]:
     known = f"{policies[1].serving.hash}={policies[1].adapter}"
     arguments = ["--model", str(TINY), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     arguments += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "3", "--lora-modules", known]
+    arguments += ["--mm-processor-kwargs", json.dumps({"max_pixels": 32 * 32})]
     arguments += ["--structured-outputs-config", json.dumps({"backend": "guidance"})]
     allowed = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
     with vllm_server(stages.parent / "log", arguments, **allowed) as address:
@@ -110,8 +111,9 @@ def test_cells_are_filled_by_a_server_with_every_adapter_proved(
 ) -> None:
     monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
-    base_policy(run / "stages")
-    lora_policy(run / "stages", 3, "third", 4)
+    small = {"processor": {"max_pixels": 32 * 32}}
+    base_policy(run / "stages", **small)
+    lora_policy(run / "stages", 3, "third", 4, **small)
     make_task(run, "seen", 1, 6)
     cells = [(0, "seen"), (3, "seen")]
     evaluate_cells(run, cells, settings(endpoint))

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -62,7 +63,8 @@ def _merge(policy: Policy, folder: Path) -> None:
     # As stored, since a float32 copy of everything may not fit; only one layer at a time is in float32.
     model = AutoModelForImageTextToText.from_pretrained(serving.base, dtype="auto", **source)
     dtype, adapted = getattr(torch, serving.dtype), load_lora(model, policy)
-    for layer in (module for module in adapted.modules() if isinstance(module, LoraLayer)):
+    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
         weight = layer.get_base_layer().weight
         weight.data = (weight.float() + layer.get_delta_weight(serving.hash)).to(dtype)
     adapted.unload().to(dtype).save_pretrained(folder)

@@ -61,7 +61,6 @@ class RemoteEngine:
         assert config.remote is not None
         self.config, first = config.remote, policies[0]
         self.processor = load_processor(first.serving)
-        self.settings = first.serving.processor or None
         self.ends = end_tokens(first, self.processor.tokenizer)
         self.forbidden = {str(token): -100 for token in image_tokens(load_config(first))}
         self._client = openai.OpenAI(
@@ -193,7 +192,6 @@ class RemoteEngine:
             **_GREEDY_VLLM,
             **options,
             **tokenizer_options(self.processor, text),
-            "mm_processor_kwargs": self.settings,
             "return_token_ids": True,
             "return_prompt_text": True,
         }
