@@ -148,7 +148,8 @@ def _prove(
         return
     bases = [base for base in [todo[0].base()] if engine.serves(base)]
     try:
-        scores = engine_scores(engine, [*bases, *todo], probes)
+        # The base last, once every adapter was active: a server that then mixes them up is found out.
+        scores = engine_scores(engine, [*todo, *bases], probes)
     except Unscored as reason:
         _say(f"{reason}: whether adapters act was NOT shown, and answers may be another policy's")
         return
