@@ -54,7 +54,7 @@ def policies(stages: Path) -> list[Policy]:
 
 @pytest.fixture(scope="module")
 def endpoint(stages: Path, policies: list[Policy]) -> Iterator[str]:
-    """One slot more than there are adapters in these tests: on a CPU vLLM answers for the base with the last slot's adapter."""
+    """A slot more than the adapters of these tests: on a CPU vLLM answers for the base with the last slot's adapter."""
     known = f"{policies[1].serving.hash}={policies[1].adapter}"
     arguments = ["--model", str(TINY), "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     arguments += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "4", "--lora-modules", known]
