@@ -13,7 +13,7 @@ import pytest
 from PIL import ExifTags, Image
 from pydantic import ValidationError
 from serving import TINY, base_policy, lora_policy, make_images, make_task
-from vllm_server import free_port, vllm_server
+from vllm_process import free_port, vllm_server
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
