@@ -1,5 +1,8 @@
 """The one error a user can cause: bad input, reported in one line, exit code 2."""
 
+import errno
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _LONGEST = 1000  # characters of a part of an error
 
 
@@ -17,6 +20,17 @@ class InputError(Exception):
         place = ": ".join(part for part in (self.where, self.field) if part)
         line = f"{place}: {self.problem}" if place else self.problem
         super().__init__(" ".join(f"{line}. {self.remedy}".split()) if remedy else " ".join(line.split()))
+
+
+def no_room(error: OSError, where: object = "") -> InputError:
+    """The line for a full disk, a quota or a limit on a file's size; any other `error` is raised again.
+
+    `where` says what was being written to, where the error does not.
+    """
+    if error.errno not in _FULL:
+        raise error
+    remedy = "Make room and run it again: what is done is kept"
+    return InputError(str(error.strerror), where=error.filename or where, remedy=remedy)
 
 
 def _short(text: str) -> str:

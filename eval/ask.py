@@ -10,7 +10,7 @@ from mcit.data_prep.images import inspect_image
 from mcit.data_prep.schema import Message
 
 from .config import EvalConfig
-from .engines import generate, make_engine
+from .engines import generate, make_engine, share
 from .engines.base import Policy, Request, read_policy
 
 
@@ -50,11 +50,8 @@ def ask(
     for image in images:
         inspect_image(image)
     prompt: list[Message] = [{"role": "user", "content": question}]
-    groups: dict[str, list[Policy]] = {}
-    for policy in policies:
-        groups.setdefault(policy.engine_key, []).append(policy)
     found: list[Asked] = []
-    for group in groups.values():
+    for group in share(policies, config):
         engine: Any = make_engine(group, config, len(images), say=say)
         try:
             requests = [Request(prompt, images, policy) for policy in group]

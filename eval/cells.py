@@ -141,12 +141,21 @@ def finish(cell: Cell, cache: Path) -> float:
         "policy_hash": cell.policy.serving.hash,
         "data_hash": cell.task["test_hash"],
         "engine": cell.askings[0].engine,
+        "log_prob_gap": _log_prob_gap(cell),
         "seconds": round(cell.seconds, 3),
     }
     write_json(cell.marker, marker)
     for asking in cell.askings:
         asking.partial.unlink(missing_ok=True)
     return cell_score["score"]
+
+
+def _log_prob_gap(cell: Cell) -> float | None:
+    """Between the engine and the adapter on the base in transformers, the largest that the proof of liveness found."""
+    path = cell.policy.folder / "liveness.json"
+    proof = read_json(path) if path.exists() else {}
+    of_this = (proof.get("hash"), proof.get("engine")) == (cell.policy.serving.hash, cell.askings[0].engine)
+    return proof.get("gap_max") if of_this else None
 
 
 def _samples(cell: Cell) -> list[Sample]:

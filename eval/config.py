@@ -1,8 +1,9 @@
 """The `eval:` section of a recipe."""
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from mcit.data_prep.errors import InputError
@@ -59,11 +60,32 @@ Judge = Annotated[
 ]
 
 
+class RemoteConfig(Config):
+    """`eval.remote:`, the vLLM server that `engine: remote` asks. Where it is and how fast changes no answer."""
+
+    endpoint: str  # up to /v1: http://localhost:8000/v1
+    model: str | None = None  # what it calls the base; default: the first model that it lists
+    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; the key is written nowhere
+    concurrency: int = Field(default=64, gt=0)  # questions under way at once
+    timeout: float = Field(default=600, gt=0)  # seconds until a question is asked again
+    retries: int = Field(default=4, ge=0)  # of a question that met a timeout, an overload or a server's fault
+    parity: bool = True  # compare log-probs with transformers here; without, an adapter is shown to act, no more
+
+    @field_validator("endpoint")
+    @classmethod
+    def _check_address(cls, address: str) -> str:
+        parts = urlsplit(address)
+        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
+            raise PydanticCustomError("endpoint", "is no address such as http://localhost:8000/v1, without a key")
+        return address
+
+
 class EvalConfig(Config):
     """How policies are scored. Generation is greedy."""
 
     # auto: vLLM where it runs, else transformers, and says so
-    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    engine: Literal["auto", "vllm", "transformers", "remote"] = "auto"
+    remote: RemoteConfig | None = None  # of the engine `remote`
     cells: Literal["metrics", "full", "seen", "last"] = "metrics"
     # Every question a second time, the answer held to the form that is asked for: what superficial and essential
     # forgetting are told apart by.
@@ -80,3 +102,9 @@ class EvalConfig(Config):
     parity_tolerance: float = Field(default=0.05, gt=0)
     during: DuringConfig | None = None  # None: nothing is asked while a stage trains
     judge: Judge | None = None  # of reasoning: a model, or a program that checks it, as module:function
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> "EvalConfig":
+        if self.engine == "remote" and self.remote is None:
+            raise PydanticCustomError("remote", "the engine `remote` needs an address: `remote.endpoint`")
+        return self

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from mcit.data_prep.errors import InputError
+from mcit.data_prep.errors import InputError, no_room
 from mcit.data_prep.files import hash_json, read_json
 from mcit.data_prep.schema import Config
 
 from .asking import Asking
 from .cells import Cell, finish, load_cell, resume
 from .config import EvalConfig
-from .engines.base import Engine, Policy, Request, Response
+from .engines.base import Engine, Policy, Request, Response, Scored, Unscored
 from .hashing import cache_dir, hash_model
 
 if TYPE_CHECKING:
@@ -48,30 +48,34 @@ def evaluate_cells(
 ) -> None:
     """Answer and score every cell (stage, task) that is not done.
 
-    Base and LoRA policies share one engine; each merged or extended policy then has its own. Answers are kept as they
-    come (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete,
-    under their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find
-    them: row 0 is asked once.
+    Base and LoRA policies share one engine; each merged or extended policy, and each of a rank above vLLM's limit, then
+    has its own. Answers are kept as they come
+    (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under
+    their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them:
+    row 0 is asked once.
     Raises `InputError`, also when a policy fails the checks of `mcit.eval.liveness`.
     """
     cache = cache or cache_dir()
     todo = [cell for cell in (load_cell(run_dir, *cell, config) for cell in dict.fromkeys(cells)) if not cell.is_done()]
-    groups: dict[str, list[Cell]] = {}
     for cell in todo:
         resume(cell, cache)
         if cell.is_complete:
             _finish(cell, cache)
-        else:
-            groups.setdefault(cell.policy.engine_key, []).append(cell)
-    _check_bases(groups)
-    for group in sorted(groups.values(), key=lambda group: group[0].policy.by_itself):
-        _evaluate_group(group, config, cache)
+    todo = [cell for cell in todo if not cell.is_complete]
+    if not todo:
+        return
+    _check_bases(todo)
+    from .engines import share  # here: imports vLLM, which takes seconds
+
+    for policies in share((cell.policy for cell in todo), config):
+        served = {policy.serving.hash for policy in policies}
+        _evaluate_group(policies, [cell for cell in todo if cell.policy.serving.hash in served], config, cache)
 
 
-def _check_bases(groups: Mapping[str, Sequence[Cell]]) -> None:
+def _check_bases(cells: Iterable[Cell]) -> None:
     """Every policy belongs to the base it names, and that base is still what it was. Raises `InputError`."""
     hashes: dict[tuple[str, str | None], str] = {}
-    for cell in (cell for group in groups.values() for cell in group):
+    for cell in cells:
         serving = cell.policy.serving
         key = (serving.base, serving.revision)
         if key not in hashes:
@@ -85,18 +89,17 @@ def _check_bases(groups: Mapping[str, Sequence[Cell]]) -> None:
             )
 
 
-def _evaluate_group(cells: Sequence[Cell], config: EvalConfig, cache: Path) -> None:
-    """Evaluate cells that share an engine."""
+def _evaluate_group(policies: Sequence[Policy], cells: Sequence[Cell], config: EvalConfig, cache: Path) -> None:
+    """Evaluate the cells of `policies`, which share an engine."""
     from .engines import make_engine
 
     start = time.monotonic()
-    policies = list({cell.policy.serving.hash: cell.policy for cell in cells}.values())
     probes = choose_probes(cells, config.probes)
     max_images = max(len(sample["images"]) for cell in cells for sample in cell.samples)
     reference = _reference(policies, probes, config)
     engine = make_engine(policies, config, max_images, say=_say)
     try:
-        _say(f"{engine.name} started in {time.monotonic() - start:.1f} s, with {len(policies)} policies")
+        _say(f"{engine.name} started in {time.monotonic() - start:.1f} s, policies: {len(policies)}")
         _prove(engine, policies, probes, reference, config)
         cells[0].seconds += time.monotonic() - start
         _answer(engine, cells, config, cache)
@@ -116,13 +119,17 @@ def choose_probes(cells: Sequence[Cell], count: int) -> list[Request]:
 
 
 def _reference(policies: Sequence[Policy], probes: Sequence[Request], config: EvalConfig) -> "Scores | None":
-    """What transformers says of the probes, if vLLM is to be compared with it. Before vLLM takes the memory."""
-    from .engines.vllm import why_not_vllm
+    """What transformers says of the probes, if another engine is to be compared with it. Before that takes the memory.
+
+    Of an adapter that is served as a merged copy, this is the adapter on the base.
+    """
+    from .engines import engine_name
     from .liveness import transformers_scores, unproven
 
-    if config.engine == "transformers" or why_not_vllm(policies[0]) is not None:
+    name = engine_name(policies[0], config)
+    if name == "transformers" or (config.remote and name == "remote" and not config.remote.parity):
         return None
-    todo = unproven(policies, "vllm", config)
+    todo = unproven(policies, name, config)
     return transformers_scores(todo, probes, config) if todo else None
 
 
@@ -139,9 +146,14 @@ def _prove(
     todo = unproven(policies, engine.name, config)
     if not todo:
         return
-    bases = [] if todo[0].by_itself else [todo[0].base()]
-    scores = engine_scores(engine, [*bases, *todo], probes)
-    for result in prove(todo, engine.name, scores, reference if engine.name == "vllm" else None, config):
+    bases = [base for base in [todo[0].base()] if engine.serves(base)]
+    try:
+        # The base last, once every adapter was active: a server that then mixes them up is found out.
+        scores = engine_scores(engine, [*todo, *bases], probes)
+    except Unscored as reason:
+        _say(f"{reason}: whether adapters act was NOT shown, and answers may be another policy's")
+        return
+    for result in prove(todo, engine.name, scores, reference if engine.name != "transformers" else None, config):
         _say(result["note"])
 
 
@@ -177,7 +189,7 @@ def _answer(engine: Engine, cells: Sequence[Cell], config: EvalConfig, cache: Pa
 
         for cell, asking, names in left:
             if asking.kind == "gold":
-                scored = engine.logprobs([asking.requests[name] for name in names])
+                scored = _likelihoods(engine, [asking.requests[name] for name in names])
                 for name, (_, logprobs) in zip(names, scored, strict=True):
                     keep(cell, asking, name, {"logprob": math.fsum(logprobs), "tokens": len(logprobs)})
             elif asking.kind == "constrained":  # of answers that were there already
@@ -189,6 +201,20 @@ def _answer(engine: Engine, cells: Sequence[Cell], config: EvalConfig, cache: Pa
         requests = [asking.requests[name] for _, asking, name in asked]
         for index, response in _progress(engine.stream(requests, config.max_new_tokens, then), asked):
             keep(*asked[index], response._asdict())
+
+
+def _likelihoods(engine: Engine, requests: Sequence[Request]) -> list[Scored]:
+    try:
+        scored = engine.logprobs(requests)
+    except Unscored as reason:
+        remedy = "Tasks beside the stream need them: use another engine, or leave them out"
+        raise InputError(str(reason), field="eval.general", remedy=remedy) from None
+    for request, one in zip(requests, scored, strict=True):
+        if not all(map(math.isfinite, one.logprobs)):
+            serving = request.policy.serving
+            problem = f"log-probabilities of stage {serving.stage} are not finite: broken weights, or too much for "
+            raise InputError(problem + serving.dtype, where=request.policy.folder, field=request.completion[:60])
+    return scored
 
 
 def _held(cell: Cell, name: str) -> Asking | None:
@@ -261,7 +287,10 @@ def main() -> None:
             first = error.errors()[0]
             raise InputError(first["msg"], where=options.cells, field=".".join(map(str, first["loc"]))) from None
         sys.path += wanted.modules  # last: a folder of theirs may be called like a library
-        evaluate_cells(options.run, wanted.cells, wanted.config)
+        try:
+            evaluate_cells(options.run, wanted.cells, wanted.config)
+        except OSError as error:
+            raise no_room(error, options.run / "predictions") from error
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

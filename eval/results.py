@@ -68,6 +68,13 @@ class Images(TypedDict):
     n: list[list[int | None]]
 
 
+class Served(TypedDict):
+    """How the policy of a stage was served."""
+
+    engines: list[str]  # those that gave its answers
+    log_prob_gap: float | None  # in nats, the largest to transformers with the adapter on the base; of the probes
+
+
 class Hashes(TypedDict):
     """What the numbers depend on, as SHA-256."""
 
@@ -121,6 +128,7 @@ class Results(TypedDict):
     general: NotRequired[General]
     reasoning: NotRequired[Reasoning]  # of tasks with chains of thought, where they were judged
     curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained
+    served: NotRequired[list[Served]]  # stage → how
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
     seconds: Seconds
@@ -187,6 +195,7 @@ def assemble_results(
         "engines": [[marker.get("engine") if marker else None for marker in row] for row in cells],
         "verdicts": table("verdicts"),
         "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
+        "served": [_served([*row, *others]) for row, others in zip(cells, columns, strict=True)],
         "hashes": {
             "recipe": recipe_hash,
             "data": {task: info["hash"] for task, info in tasks.items()},
@@ -256,6 +265,13 @@ def read_results(run_dir: Path) -> Results:
 
 def _info(task: PreparedTask) -> TaskInfo:
     return {"name": task["name"], "style": task["style"], "scorer": task["scorer"], "n": task["counts"]["test"]}
+
+
+def _served(row: Sequence[Mapping[str, Any] | None]) -> Served:
+    markers = [marker for marker in row if marker]
+    gaps = [marker["log_prob_gap"] for marker in markers if marker.get("log_prob_gap") is not None]
+    engines = sorted({marker["engine"] for marker in markers if "engine" in marker})
+    return {"engines": engines, "log_prob_gap": max(gaps, default=None)}
 
 
 def _form_and_content(*final: Sequence[float | None]) -> dict[str, float | None]:

@@ -3,12 +3,11 @@
 Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 75 asked to stop (by SLURM, say), 130 interrupted.
 """
 
-import errno
 import sys
 
 import typer
 
-from mcit.data_prep.errors import InputError
+from mcit.data_prep.errors import InputError, no_room
 
 from . import cli_data, cli_judge, cli_plan, cli_publish, cli_runs, cli_tools
 
@@ -59,10 +58,7 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(1)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = f"{error.filename}: " if error.filename else ""
-        print(f"error: {place}{error.strerror}. Make room and run it again: what is done is kept", file=sys.stderr)
+        print(f"error: {no_room(error)}", file=sys.stderr)
         sys.exit(2)
     except Preempted as stop:
         print(stop, file=sys.stderr)

@@ -284,7 +284,9 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(exclude={"during", "general", "judge"}),  # general tasks are cells
+                "config": config.model_dump(
+                    exclude={"during", "general", "judge", "remote"}
+                ),  # general tasks are cells
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
                 "data": hashes_of_test_sets(self.dir, (task for _, task in wanted)),
             }

@@ -43,7 +43,7 @@ class Workplace:
 
     def is_done(self) -> bool:
         """Whether the stage's folder is there: whoever started it may have been killed before noting that."""
-        return (self.stage_dir / "serving.json").exists() and self._belongs(self.stage_dir / "trained.json")
+        return self._belongs(self.stage_dir / "trained.json")
 
     def claim(self) -> None:
         """Make the folder, or keep it if it is this stage's; one process calls it, before any works there."""

@@ -1,6 +1,7 @@
 """Cells of the matrix: complete or absent, continued where they stopped, never asked twice."""
 
 import json
+import re
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -110,6 +111,41 @@ def test_a_whole_matrix_in_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         assert marker["data_hash"] == read_json(run / "data" / task / "task.json")["test_hash"]
         assert marker["engine"] == "vllm"
         assert not (run / "predictions" / f"{k:02d}" / f"{task}.partial.jsonl").exists()
+
+
+def test_adapters_above_the_highest_rank_are_served_as_merged_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Under a limit of 4: base and rank 4 share an engine, rank 8 has one of its own, whose weights are gone after."""
+    pytest.importorskip("vllm")
+    monkeypatch.setattr(vllm, "MAX_RANK", 4)
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    base_policy(run / "stages")
+    lora_policy(run / "stages", 1, "low", 4)
+    lora_policy(run / "stages", 2, "high", 8)
+    make_task(run, "seen", 1, 6)
+    cells = [(k, "seen") for k in range(3)]
+    evaluate_cells(run, cells, EvalConfig(engine="vllm", max_new_tokens=8, probes=2, constrained=False))
+    markers = [read_json(run / "predictions" / f"{k:02d}" / "seen.done.json") for k in range(3)]
+    assert [marker["engine"] for marker in markers] == ["vllm", "vllm", "vllm (merged copy)"]
+    for k, marker in enumerate(markers):
+        proof = read_json(next((run / "stages").glob(f"{k:02d}-*/liveness.json")))
+        assert marker["log_prob_gap"] == proof["gap_max"] < 1e-3 and proof["engine"] == marker["engine"]
+    lines = capfd.readouterr().out
+    assert re.search(r"vllm started in .* policies: 2\n", lines)
+    assert re.search(r"vllm \(merged copy\) started in .* policies: 1\n", lines)
+    assert re.search(r"stage 2 \(high\): acts .*, vllm \(merged copy\) and transformers agree within", lines)
+    assert [path.suffix for path in (tmp_path / "cache" / "merged").iterdir()] == [".lock"]
+    merged = [[row["response"] for row in predictions(run, k)] for k in range(3)]
+    assert merged[0] != merged[1] != merged[2] != merged[0]
+
+    monkeypatch.undo()  # served as a LoRA, the same adapter says the same
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "another-cache"))
+    (run / "predictions" / "02" / "seen.done.json").unlink()
+    evaluate_cells(run, cells, EvalConfig(engine="vllm", max_new_tokens=8, probes=2, constrained=False))
+    assert [row["response"] for row in predictions(run, 2)] == merged[2]
+    assert read_json(run / "predictions" / "02" / "seen.done.json")["engine"] == "vllm"
 
 
 def test_nothing_is_asked_twice(run: Path, no_engine: pytest.MonkeyPatch) -> None:
@@ -332,6 +368,37 @@ def test_a_full_disk_leaves_nothing_that_counts(run: Path) -> None:
     assert left == ["seen.partial.jsonl"]
     evaluate_cells(run, [(0, "seen")], SLOW)
     assert len(predictions(run, 0)) == 6
+
+
+def test_a_full_disk_is_one_line_of_the_command(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = SLOW.model_copy(update={"batch_size": 1}).model_dump()
+    write_json(run / "cells.json", {"cells": [[0, "seen"], [1, "seen"]], "config": config})
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(run), "--cells", str(run / "cells.json")])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+    try:
+        with pytest.raises(SystemExit) as end:
+            evaluate.main()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    place = re.escape(str(run / "predictions"))
+    assert re.fullmatch(rf"error: {place}: File too large\. Make room and run it again: what is done is kept\n", said)
+    assert end.value.code == 2
+
+
+def test_log_probs_that_are_no_numbers_are_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a proof that has found nothing: only some inputs overflow."""
+    config = SLOW.model_copy(update={"general": [TaskConfig(name="seen", test="x.json")]})
+    evaluate_cells(run, [(1, "seen")], SLOW)
+    logprobs = TransformersEngine.logprobs
+    broken = lambda *given: [one._replace(logprobs=[float("nan")]) for one in logprobs(*given)]  # noqa: E731
+    monkeypatch.setattr(TransformersEngine, "logprobs", broken)
+    with pytest.raises(InputError, match=r"01-seen: no: log-probabilities of stage 1 are not finite"):
+        evaluate_cells(run, [(1, "seen")], config)
+    assert len(predictions(run, 1)) == 6
 
 
 def test_an_adapter_of_another_base_is_refused(run: Path) -> None:

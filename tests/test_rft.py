@@ -212,6 +212,7 @@ def link_stage(run: Path, to: Path, name: str) -> Path:
     """A run whose second stage is another run's stage `name`."""
     (to / "stages").mkdir(parents=True)
     (to / "data").symlink_to(run / "data")
+    (to / "stages" / "00-base").symlink_to(run / "stages" / "00-base")
     (to / "stages" / "02-again").symlink_to(run / "stages" / name)
     return to
 

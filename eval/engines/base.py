@@ -103,6 +103,10 @@ class Scored(NamedTuple):
     logprobs: list[float]  # of each token of the completion and of the end token, in nats
 
 
+class Unscored(Exception):
+    """An engine that cannot give log-probabilities was asked for some; the text says why."""
+
+
 Then = Callable[[int, Response], Request | None]
 
 
@@ -112,7 +116,11 @@ class Engine(Protocol):
     Images are read when their request is started.
     """
 
-    name: str
+    name: str  # stands beside every answer
+
+    def serves(self, policy: Policy) -> bool:
+        """Whether it answers requests to `policy`."""
+        ...
 
     def stream(
         self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
@@ -125,7 +133,10 @@ class Engine(Protocol):
         ...
 
     def logprobs(self, requests: Sequence[Request]) -> list[Scored]:
-        """The log-probability of each token of each request's completion, in the requests' order."""
+        """The log-probability of each token of each request's completion, in the requests' order.
+
+        Raises `Unscored`.
+        """
         ...
 
     def close(self) -> None:
@@ -230,6 +241,14 @@ def adapter_config(policy: Policy) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise InputError("is not a LoRA adapter", where=policy.adapter / "adapter_config.json", field="peft_type")
     return config
+
+
+def lora_rank(policy: Policy) -> int:
+    """The largest rank of any module of a policy's adapter; 0 without one."""
+    if policy.adapter is None:
+        return 0
+    config = adapter_config(policy)
+    return max(int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 0)
 
 
 def adapter_tensors(policy: Policy) -> list[str]:

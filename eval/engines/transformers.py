@@ -75,28 +75,9 @@ class TransformersEngine:
         self.model = model.to(self.device).eval()
         for policy in policies:
             if policy.adapter is not None and policy.serving.hash not in self.adapters:
-                self._load(policy)
+                self.model = load_lora(self.model, policy).to(self.device)
                 self.adapters.add(policy.serving.hash)
         self.model.eval()
-
-    def _load(self, policy: Policy) -> None:
-        """Add an adapter under its content hash. Raises `InputError` for a tensor that PEFT leaves out or makes up."""
-        from peft import PeftModel, get_peft_model_state_dict
-
-        adapter_config(policy)
-        name = policy.serving.hash
-        if self.adapters:
-            self.model.load_adapter(str(policy.adapter), adapter_name=name)
-        else:
-            self.model = PeftModel.from_pretrained(self.model, str(policy.adapter), adapter_name=name)
-        self.model.to(self.device)
-        live, stored = set(get_peft_model_state_dict(self.model, adapter_name=name)), set(adapter_tensors(policy))
-        if live != stored:
-            raise InputError(
-                f"{len(live ^ stored)} tensors do not fit the base model, the first: {min(live ^ stored)}",
-                where=policy.adapter,
-                remedy="The adapter belongs to another base, or its files are incomplete",
-            )
 
     def stream(
         self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
@@ -188,12 +169,16 @@ class TransformersEngine:
 
     def _active(self, policy: Policy) -> AbstractContextManager[Any]:
         """Switch to a policy; the base is the model with every adapter off."""
-        if policy.serving.hash not in self.served:
+        if not self.serves(policy):
             raise KeyError(policy.serving.hash)
         if policy.adapter is not None:
             self.model.set_adapter(policy.serving.hash)
             return nullcontext()
         return self.model.disable_adapter() if self.adapters else nullcontext()
+
+    def serves(self, policy: Policy) -> bool:
+        """See `Engine.serves`."""
+        return policy.serving.hash in self.served
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -208,3 +193,28 @@ def _labels(ids: torch.Tensor, count: int) -> torch.Tensor:
     labels = torch.full_like(ids, IGNORED)
     labels[:, -count:] = ids[:, -count:]
     return labels
+
+
+def load_lora(model: Any, policy: Policy) -> Any:
+    """`model`, a PEFT model or not yet one, with a policy's adapter added under its content hash.
+
+    Raises `InputError` for an adapter that belongs to another base: for a tensor that PEFT leaves out or makes up, or
+    that has another shape.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    adapter_config(policy)
+    name, remedy = policy.serving.hash, "The adapter belongs to another base, or its files are incomplete"
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(policy.adapter), adapter_name=name)
+        else:
+            model = PeftModel.from_pretrained(model, str(policy.adapter), adapter_name=name)
+    except (RuntimeError, ValueError) as error:  # PEFT's: tensors of another shape, no such module
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"does not fit the base model: {reason}", where=policy.adapter, remedy=remedy) from error
+    live, stored = set(get_peft_model_state_dict(model, adapter_name=name)), set(adapter_tensors(policy))
+    if live != stored:
+        problem = f"{len(live ^ stored)} tensors do not fit the base model, the first: {min(live ^ stored)}"
+        raise InputError(problem, where=policy.adapter, remedy=remedy)
+    return model

@@ -1,5 +1,6 @@
 """The vLLM engine: one copy of the base, every policy a LoRA request, all cells mixed in one queue."""
 
+import contextlib
 import importlib.util
 import os
 from collections import deque
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mcit.data_prep.chat import open_image, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.eval.config import EvalConfig
+from mcit.eval.hashing import cache_dir
 
 from .base import (
     Policy,
@@ -26,6 +28,7 @@ from .base import (
     image_tokens,
     load_config,
     load_processor,
+    lora_rank,
     render,
     unadapted,
 )
@@ -40,6 +43,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report what it runs to its makers
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 allows for max_lora_rank
+MAX_RANK = RANKS[-1]  # an adapter of a higher one is served as a merged copy
+MERGED = "vllm (merged copy)"  # the engine's name where it serves one
 # What all slots' ranks add up to. Slots lie beside the weights: at 1,024 they are a third of a 7B model on top of it.
 # Adapters that find no slot wait in the computer's memory for their turn.
 SLOT_RANKS = 1024
@@ -58,17 +63,27 @@ class VllmEngine:
     def __init__(self, policies: Sequence[Policy], config: EvalConfig, max_images: int):
         """Start vLLM on the model of `policies` (they share it) and load their adapters.
 
-        `max_images` is the largest number of images in one request. Raises `InputError` for an adapter that vLLM would
-        not apply in full, `EngineFailed` if vLLM does not start or allows no rank as high.
+        `max_images` is the largest number of images in one request. A policy whose rank is more than `MAX_RANK` has an
+        engine of its own, for a merged copy. Raises `InputError` for an adapter that vLLM would not apply in full,
+        `EngineFailed` if vLLM does not start.
         """
-        first = policies[0]
-        adapters = [policy for policy in policies if policy.adapter is not None]
-        rank = max((_rank(policy) for policy in adapters), default=0)
+        first, merged = policies[0], max(map(lora_rank, policies)) > MAX_RANK
+        adapters = [policy for policy in policies if policy.adapter is not None and not merged]
+        rank = max_lora_rank(max(map(lora_rank, adapters), default=0))
         self.processor = load_processor(first.serving)
-        self.slots = min(len(adapters), max(1, SLOT_RANKS // max_lora_rank(rank))) if adapters else 0
+        self.slots = min(len(adapters), max(1, SLOT_RANKS // rank))
         self._loras: dict[str, LoRARequest | None] = dict.fromkeys(unadapted(policies))
         self._numbers = count(1)  # of adapters: none is given out twice
-        self._llm = self._start(first, config, max_images, len(adapters), rank)
+        with contextlib.ExitStack() as copy:
+            model = first.model
+            if merged:
+                from .merging import merged_copy
+
+                [policy] = policies
+                model = str(copy.enter_context(merged_copy(policy, cache_dir())))
+                self.name, self._loras = MERGED, {policy.serving.hash: None}
+            self._llm = self._start(first, model, config, max_images, len(adapters), rank)
+            self._copy = copy.pop_all()
         try:
             self.ends = end_tokens(first, self.processor.tokenizer)
             self.forbidden = image_tokens(load_config(first))
@@ -81,7 +96,7 @@ class VllmEngine:
             raise
 
     def _start(
-        self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
+        self, first: Policy, model: str, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
     ) -> Any:
         serving = first.serving
         lora: dict[str, Any] = {}
@@ -90,7 +105,7 @@ class VllmEngine:
                 "enable_lora": True,
                 "max_loras": self.slots,
                 "max_cpu_loras": adapters,
-                "max_lora_rank": max_lora_rank(rank),
+                "max_lora_rank": rank,
             }
         try:
             import torch
@@ -102,9 +117,9 @@ class VllmEngine:
 
                 install()
             return LLM(
-                first.model,
+                model,
                 tokenizer=serving.base,
-                revision=first.revision,
+                revision=first.revision if model == first.model else None,
                 tokenizer_revision=serving.revision,
                 trust_remote_code=serving.trust_remote_code,
                 load_format="safetensors",  # never a pickle
@@ -268,6 +283,10 @@ class VllmEngine:
             ) from error
         return str(name).rsplit("-", 1)[0]  # outputs carry the name without vLLM's random suffix
 
+    def serves(self, policy: Policy) -> bool:
+        """See `Engine.serves`."""
+        return policy.serving.hash in self._loras
+
     def close(self) -> None:
         """See `Engine.close`."""
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -275,6 +294,7 @@ class VllmEngine:
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
         cleanup_dist_env_and_memory()
+        self._copy.close()
 
 
 def why_not_vllm(policy: Policy) -> str | None:
@@ -293,11 +313,8 @@ def why_not_vllm(policy: Policy) -> str | None:
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest rank vLLM allows that holds `rank`. Raises `EngineFailed` above 512."""
-    for allowed in RANKS:
-        if rank <= allowed:
-            return allowed
-    raise EngineFailed(f"an adapter of rank {rank} is more than vLLM serves, {RANKS[-1]}")
+    """The smallest rank vLLM allows that holds `rank`, which is at most 512."""
+    return next(allowed for allowed in RANKS if rank <= allowed)
 
 
 def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:
@@ -323,8 +340,3 @@ def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:
         return module in applied and module not in left_over
 
     return [name for name in names if not is_applied(name)]
-
-
-def _rank(policy: Policy) -> int:
-    config = adapter_config(policy)
-    return max(int(config["r"]), *(int(rank) for rank in (config.get("rank_pattern") or {}).values()), 0)

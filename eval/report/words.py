@@ -146,9 +146,21 @@ def provenance(result: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "method": ", ".join(result["method"]) or "sequential (none)",
         "seed": result["seed"],
+        **_engines(result),
         **{key: value for key, value in result["versions"].items() if value},
         **{f"{key} hash": value[:16] for key, value in result["hashes"].items() if isinstance(value, str)},
     }
+
+
+def _engines(result: Mapping[str, Any]) -> dict[str, str]:
+    """Which engine answered which stages, with the largest log-prob gap to transformers."""
+    found: dict[str, list[int]] = {}
+    for stage, served in zip(result["stages"], result.get("served") or [], strict=False):
+        for name in served["engines"]:
+            found.setdefault(name, []).append(stage["k"])
+    lines = {f"answers by {name}": f"stages {', '.join(map(str, stages))}" for name, stages in found.items()}
+    gaps = [served["log_prob_gap"] for served in result.get("served") or [] if served["log_prob_gap"] is not None]
+    return {**lines, "largest log-prob gap to transformers": f"{max(gaps):.1e} nats"} if gaps else lines
 
 
 def _drop(result: Mapping[str, Any], place: int) -> Drop | None:
