@@ -82,10 +82,12 @@ def test_vllm_answers_by_the_adapter_of_each_step(
 
     monkeypatch.setattr(vllm_engine.RolloutVllm, "sample", fails_once)
     run = copy_run(trained, tmp_path)
-    folder, trainer = reinforce(run, trained[1], "train.rft.rollout.engine=vllm", "train.rft.args.temperature=0.5")
+    faster = ("train.rft.args.learning_rate=5e-3", "train.rft.args.temperature=0.8")
+    faster += ("train.rft.rewards={'test_rewards:brevity': 1.0}",)  # which differs in every batch
+    folder, trainer = reinforce(run, trained[1], "train.rft.rollout.engine=vllm", *faster)
     log = [row for row in read_jsonl(folder / "train_log.jsonl") if "reward" in row]
-    assert len(log) == 3 and all(row["rollout_gap"] < 1e-3 for row in log)
-    assert abs(log[0]["kl_previous"]) < 1e-4 < log[-1]["kl_previous"]
+    assert len(log) == 3 and all(row["rollout_gap"] < 3e-3 for row in log)
+    assert abs(log[0]["kl_previous"]) < 1e-6 < 1e-5 < log[-1]["kl_previous"]
     rollouts = read_json(folder / "trained.json")["rollouts"]
     assert (rollouts["engine"], rollouts["sent"], rollouts["restarts"]) == ("vllm", 4, 1)
     assert len(calls) == 4 and len(set(calls)) == 3 and calls[1] == calls[2]  # named by content, one a step
@@ -99,8 +101,8 @@ def test_vllm_answers_by_the_adapter_of_each_step(
         reinforce(
             copy_run(trained, tmp_path / "stale"),
             trained[1],
-            *("train.rft.rollout.engine=vllm", "train.rft.args.temperature=0.5"),
-            *("train.rft.rollout.tolerance=1e-3", "train.rft.args.learning_rate=1e-2"),
+            *(*faster, "train.rft.rollout.engine=vllm"),
+            *("train.rft.rollout.tolerance=3e-3", "train.rft.args.learning_rate=1e-2"),
         )
 
 

@@ -169,7 +169,12 @@ class VllmRollouts:
         return self.policy
 
     def _parameters(self, trainer: Any, answers: int, place: int) -> Any:
-        """How TRL's own generation would sample; image tokens never."""
+        """How TRL's own generation would sample; image tokens never.
+
+        On a CPU without a seed of its own, with which vLLM 0.31 fails where it reads a prompt in two parts; there it
+        draws from torch's generator, which the trainer has seeded.
+        """
+        import torch
         from vllm import SamplingParams
 
         seed = random.Random(f"{trainer.args.seed} {trainer.state.global_step} {self.calls} {place}").getrandbits(31)
@@ -185,6 +190,6 @@ class VllmRollouts:
             logit_bias=dict.fromkeys(self.vllm.forbidden, float("-inf")),
             logprobs=0,
             detokenize=False,
-            seed=seed,
+            seed=seed if torch.cuda.is_available() else None,
             **(trainer.args.generation_kwargs or {}),
         )
