@@ -66,6 +66,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
     if section.guard:
         guard = Guard(section.guard, entered.model)
         trainer.add_callback(guard)
+        trainer.stateful["guard"] = guard
         trainer.notes.append(lambda: {"collapse": guard.collapse})
     trainer.add_callback(RewardsDiffer(entered.stage.name, rewards))
     trainer.add_callback(BeginsAtPrevious(KL_AT_START[entered.recipe.base_model.dtype]))

@@ -253,6 +253,17 @@ def test_a_collapse_ends_the_stage_with_the_last_good_weights(bad: dict[str, flo
     assert model.weight.item() == 2  # row 3 was well, so the weights after row 2's step were
 
 
+def test_a_guard_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
+    bad = {"kl_previous": 9.0}
+    before, model, _ = guarded(GuardConfig(window=1), {}, {}, {})
+    after = Guard(GuardConfig(window=1), model)
+    after.load_state_dict(before.state_dict())
+    control = SimpleNamespace(should_training_stop=False)
+    after.on_log(None, SimpleNamespace(global_step=4), control, logs={"format_rate": 1.0, "entropy": 0.5, **bad})
+    assert control.should_training_stop and after.collapse is not None and after.collapse["kept_step"] == 2
+    assert model.weight.item() == 2
+
+
 def test_no_collapse_is_seen_where_there_is_none() -> None:
     never = {"format_rate": 0.1}  # a form that was never learned has not been lost
     _, model, control = guarded(GuardConfig(window=2), never, never, {"kl_previous": 9.0, **never}, never)

@@ -12,6 +12,7 @@ from ..trainer import trained_parameters
 from .config import GuardConfig
 
 _FORM = 0.5  # a rate of right forms that was never this high has not been lost
+_STATE = ("best", "looks", "good", "kept", "collapse")  # of a guard, in a checkpoint
 
 
 class Collapsed(RuntimeError):
@@ -48,6 +49,16 @@ class Guard(TrainerCallback):
             if self.looks % self.config.window == 0:
                 self.good, self.kept = self.kept, (state.global_step, self._weights())
             self.looks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"rows": list(self.rows), **{name: getattr(self, name) for name in _STATE}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` gave."""
+        self.rows.extend(state["rows"])
+        for name in _STATE:
+            setattr(self, name, state[name])
 
     def _reason(self) -> str | None:
         """What is wrong, if anything is."""
