@@ -11,11 +11,10 @@ from typing import TypedDict
 from safetensors.torch import load_file, save_file
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.prepare import read_samples
-from mcit.eval.cells import load_cell
+from mcit.eval.cells import load_cell, resume
 from mcit.eval.engines.base import Policy, read_policy
 from mcit.eval.evaluate import choose_probes
-from mcit.eval.hashing import hash_model, model_folder
+from mcit.eval.hashing import cache_dir, hash_model, model_folder
 from mcit.eval.liveness import log_prob_gap, transformers_scores
 
 from .adapters import load_adapter
@@ -111,7 +110,7 @@ def _compared(recipe: Recipe, run_dir: Path, policy: Policy, folder: Path, diges
     learned = [task for task, first in recipe.learned.items() if first <= policy.serving.stage]
     cells = [load_cell(run_dir, policy.serving.stage, task, recipe.eval) for task in learned]
     for cell in cells:
-        cell.samples = read_samples(cell.folder, "test")
+        resume(cell, cache_dir())
     probes = choose_probes(cells, recipe.eval.probes)
     scores = transformers_scores([policy, merged], probes, recipe.eval)
     one, other = scores[policy.serving.hash], scores[digest]

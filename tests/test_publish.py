@@ -362,7 +362,7 @@ def test_a_secret_in_the_header_of_weights_or_a_setting_is_found(run, monkeypatc
         state.write_bytes(kept)
     recipe = load_recipe(run, [f"method.asd={{converter: llm, endpoint: http://10.1.2.3/v1, model: {run}/judge}}"])
     told = gather(recipe, run, PublishConfig(repo_id=REPO)).card["recipe.yaml"]
-    assert isinstance(told, bytes) and b"10.1.2.3" not in told and b"judge" not in told and b"not published" in told
+    assert isinstance(told, bytes) and b"10.1.2.3" not in told and b"/judge" not in told and b"not published" in told
 
 
 def test_of_the_home_folder_only_what_lies_in_it_is_private(run, monkeypatch):

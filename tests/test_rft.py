@@ -230,7 +230,11 @@ def test_sft_then_grpo_is_one_stage(trained: tuple[Path, Path], tmp_path: Path, 
         reinforce(run, recipe, 2, *both)
     run_stage(load_recipe(recipe, both), 2, run, "sft", sft.make_trainer)
     folder = run / "stages" / "02-again"
-    assert not folder.exists() and (run / "stages" / ".02-again.sft").exists()
+    half = run / "stages" / ".02-again.sft"
+    assert not folder.exists() and half.exists()
+    written = (half / "trained.json").stat().st_mtime_ns
+    run_stage(load_recipe(recipe, both), 2, run, "sft", sft.make_trainer)  # as after a GRPO that failed
+    assert (half / "trained.json").stat().st_mtime_ns == written
     reinforce(run, recipe, 2, *both)
     assert {path.name for path in (run / "stages").iterdir()} == {"00-base", "01-colour", "02-again"}
     log = read_jsonl(folder / "train_log.jsonl")
