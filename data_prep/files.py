@@ -33,6 +33,20 @@ def atomic_open(path: Path | str, mode: Literal["w", "wb"] = "w") -> Iterator[IO
         raise
 
 
+def check_output(path: Path, field: str) -> None:
+    """Refuse a place where no file can be written, before work is spent on what is to be written there.
+
+    `field` is the option that named it. Raises `InputError`.
+    """
+    if path.is_dir():
+        raise InputError("is a folder", where=path, field=field, remedy="Name a file")
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise InputError(f"{parent} is a file, not a folder", where=path, field=field, remedy="Name another place")
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"nothing can be written to {parent}", where=path, field=field, remedy="Name another place")
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN is refused: undefined is `null`."""
     with atomic_open(path) as file:

@@ -59,7 +59,7 @@ def choose_groups(keys: Iterable[Sequence[str]], share: float) -> tuple[list[str
     groups = connect(keys)
     order = sorted(set(groups), key=lambda group: rank(f"test {group}"))
     if len(order) < 2:
-        raise InputError("all samples show one image: no test set can be split off", remedy="Give a test file")
+        raise InputError("no test set can be split off: all samples share their images", remedy="Give a test file")
     return groups, set(order[: min(len(order) - 1, max(1, round(share * len(order))))])
 
 

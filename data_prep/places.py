@@ -1,9 +1,11 @@
 """From what a task names to files on this machine: Hub datasets are fetched, an archive of images is unpacked."""
 
+import lzma
 import os
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from .errors import InputError
@@ -12,6 +14,8 @@ from .hub import download
 from .readers import is_function
 from .schema import TaskConfig
 
+# Broken, cut off, encrypted, or packed in a way that Python does not know.
+_DAMAGED = (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, zlib.error, lzma.LZMAError)
 PATHS = ("train", "validation", "test", "images", "answers")  # the keys of a task that name files or folders
 
 
@@ -42,7 +46,7 @@ def _unpacked(archive: Path, cache: Path) -> Path:
             file.extractall(temporary)  # it keeps names inside the folder
         temporary.chmod(0o755)
         os.rename(temporary, folder)
-    except (zipfile.BadZipFile, EOFError, zipfile.LargeZipFile) as error:
+    except _DAMAGED as error:
         raise InputError(f"cannot be unpacked: {error}", where=archive, field="images") from None
     except OSError as error:
         if not folder.is_dir():  # else another process was first

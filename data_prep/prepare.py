@@ -136,7 +136,8 @@ def _diversify(
         done = convert(SampleFile(native / "train.jsonl"), asd.fraction, seed, converter, known_formats=known_formats)
         report = make_report(done, asd, seed)
         parts: dict[Part, Iterable[Sample]] = {"train": done.after()}
-        parts |= {part: iter_samples(native, part) for part in PARTS if part != "train" and task["counts"][part]}
+        others = [part for part in PARTS if part == "test" or (part == "validation" and task["counts"][part])]
+        parts |= {part: iter_samples(native, part) for part in others}
         folder = _derive(native, parts, [f"ASD: {report['summary']}"], {"asd_report.json": report}, cache)
         remember(cache, key, folder, [])
     return folder

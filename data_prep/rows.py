@@ -66,7 +66,7 @@ def parse_row(row: Any, where: str) -> RawSample:
         raise InputError(
             f"no dialogue among the fields {sorted(row)}",
             where=where,
-            remedy="Give `conversations` (LLaVA), `messages`, or `prompt` and `completion` (TRL)",
+            remedy="Give `conversations` (LLaVA), `messages`, or `prompt` and `completion` (TRL), or name a layout",
         )
     _check_turns(prompt, completion, bool(images), where)
     turns.check_placeholders()

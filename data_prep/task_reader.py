@@ -68,6 +68,8 @@ class TaskReader:
         for place, (where, raw) in enumerate(rows, 1):
             record = None
             with self.one_sample():
+                if raw is None:  # which of a layout means that the row is another part's
+                    raise InputError("a sample is an object, not null", where=where)
                 row = self.layout.read(raw, part, where)
                 if row is None:
                     left_out += 1

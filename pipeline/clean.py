@@ -25,6 +25,8 @@ _KEPT = ("name", "style", "reasoning", "scorer", "reward", "format", "overrides"
 
 def check_target(out: Path) -> None:
     """Refuse a folder that holds anything but an earlier clean copy, such as the data themselves."""
+    if out.exists() and not out.is_dir():
+        raise InputError("is a file", where=out, field="--drop-bad", remedy="Name a new folder")
     if out.exists() and not (out / "dropped.jsonl").exists() and any(out.iterdir()):
         raise InputError("is not empty", where=out, field="--drop-bad", remedy="Name a new folder")
 
@@ -50,6 +52,7 @@ def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
             unread.append({**place, "reasons": [reason]})
     dropped = list(_dropped(verified, bad))
     lost = Counter((entry["task"], entry["part"]) for entry in dropped)
+    _refuse_what_is_lost(verified, lost)
     tasks, lines = {}, []
     for scan in verified.scans:
         folder = out / scan.name if scan.whole else out
@@ -59,8 +62,6 @@ def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
             if not scan.samples[part]:
                 continue
             left = scan.samples[part] - lost[scan.name, part]
-            if not left:
-                raise InputError(f"nothing is left of the {part} part", where=scan.name, field="--drop-bad")
             path = folder / (f"{part}.jsonl" if scan.whole else f"{scan.name}.jsonl")
             write_jsonl(path, _rows(scan, part, bad, files))
             written[part] = str(path.resolve())
@@ -74,6 +75,19 @@ def write_clean(verified: Verified, strict: bool, out: Path) -> list[str]:
         write_recipe(_with_tasks(recipe, tasks), out / "recipe.yaml")
         lines.append(f"recipe: {out / 'recipe.yaml'}")
     return lines
+
+
+def _refuse_what_is_lost(verified: Verified, lost: Counter[tuple[str, str]]) -> None:
+    """Refuse a copy in which a task, or a part that its recipe names, would be missing; before anything is written."""
+    for scan in verified.scans:
+        named = {part for part, source in scan.sources.items() if part == "train" or source != scan.task.train}
+        for part in PARTS:
+            if (scan.samples[part] or part in named) and scan.samples[part] == lost[scan.name, part]:
+                raise InputError(f"nothing is left of the {part} part", where=scan.name, field="--drop-bad")
+    read = {scan.name for scan in verified.scans}
+    for task in (task for recipe in verified.recipes for task in recipe.sources):
+        if task.name not in read:
+            raise InputError("nothing of it can be read", where=task.name, field="--drop-bad")
 
 
 def _place(scan: Scan, folder: Path) -> tuple[Path, dict[int, str]]:

@@ -21,6 +21,13 @@ class Converter(StrEnum):
     llm = "llm"
 
 
+class OnBad(StrEnum):
+    """What becomes of a bad sample."""
+
+    error = "error"
+    drop = "drop"
+
+
 def show(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -46,6 +53,12 @@ def asd(
     seed: int = 0,
     converter: Annotated[Converter, typer.Option(help="What rewrites the answers.")] = Converter.rules,
     images: Annotated[Path | None, typer.Option(help="Folder of the images. Default: the folder of IN.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="How rows of another form are read: a published layout, or module:function.")
+    ] = None,
+    on_bad: Annotated[
+        OnBad, typer.Option(help="What a bad sample is: an error, or left out and counted.")
+    ] = OnBad.error,
     endpoint: Annotated[
         str | None, typer.Option(help="llm: an OpenAI-compatible endpoint, http://localhost:8000/v1.")
     ] = None,
@@ -85,12 +98,14 @@ def asd(
     terminal = Terminal()
     try:
         with terminal.working(f"convert {source.name}") as show:
-            report = convert_file(source, target, settings, seed, images, show)
+            report = convert_file(source, target, settings, seed, images, show, layout=layout, on_bad=on_bad.value)
     except KeyboardInterrupt:
         if settings.converter == "llm":
             print("interrupted: the answers so far are kept, the same command goes on from there", file=sys.stderr)
         raise
     terminal.say(report["summary"])
+    for note in report["notes"]:
+        terminal.say(f"    {note}")
     if report["validation"]["failed"]:
         terminal.say(f"gold answers that are not right in their new style: {report['validation']['failed']}", "yellow")
     terminal.say(f"report: {target}.report.json")
@@ -124,7 +139,7 @@ def verify(
     """
     from rich.console import Console
 
-    from mcit.data_prep.files import write_json
+    from mcit.data_prep.files import check_output, write_json
 
     from .clean import check_target, write_clean
     from .terminal import Terminal
@@ -133,6 +148,8 @@ def verify(
 
     if drop_bad:
         check_target(drop_bad)
+    if out:
+        check_output(out, "--out")
     terminal = Terminal(Console(stderr=True, highlight=False, soft_wrap=True) if as_json else None)
     with contextlib.ExitStack() as stack:
         show = stack.enter_context(terminal.working("verify"))

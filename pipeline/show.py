@@ -11,11 +11,11 @@ from mcit.data_prep.chat import open_image
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.prepare import image_path, prepare_task, read_samples, read_task
 from mcit.data_prep.schema import AsdConfig, PreparedTask, Sample
-from mcit.eval.hashing import cache_dir
+from mcit.eval.hashing import cache_dir, hub_commit
 from mcit.eval.scorers import get_scorer
 from mcit.eval.scoring import Score, score_gold
 
-from .recipe import Recipe
+from .recipe import ModelConfig, Recipe
 from .schedule import trained_in
 from .terminal import Terminal
 
@@ -45,13 +45,12 @@ def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
     The stage's own tasks come first, then those of which samples visit it. Data are prepared if need be. Raises
     `InputError`.
     """
-    from .collator import Collator  # here: these need torch and transformers
-    from .stage import load_processor
+    from .collator import Collator  # here: it needs torch and transformers
 
     if not 1 <= k <= len(recipe.stages):
         raise InputError(f"the stream has stages 1 to {len(recipe.stages)}", where=recipe.name, field="--stage")
     stage = recipe.stages[k - 1]
-    processor, shown = load_processor(recipe.base_model), []
+    processor, shown = _processor(recipe.base_model), []
     for name in (*stage.tasks, *stage.visitors):
         folder, task, every = _prepared(recipe, name, recipe.asd)
         samples = trained_in(every, k, recipe.homes(name), len(recipe.stages), recipe.blur, recipe.seed)
@@ -96,6 +95,21 @@ def show_stage(recipe: Recipe, k: int, n: int, terminal: Terminal) -> None:
             terminal.say("after ASD, as the model gets it:", "dim")
         terminal.console.print(_text(spans, terminal.console.is_terminal))
         terminal.say(f"the gold answer scores {shown.gold['score']:.1f} ({shown.gold['verdict']})", "dim")
+
+
+def _processor(base: ModelConfig) -> Any:
+    """The base model's processor. Raises `InputError` if it cannot be had."""
+    from .stage import load_processor  # here: it needs torch and transformers
+
+    if not Path(base.path).is_dir():
+        hub_commit(base.path, base.revision)
+    try:
+        return load_processor(base)
+    except (OSError, ValueError) as error:
+        problem = f"its processor cannot be loaded: {error}"
+        raise InputError(
+            problem, where=base.path, field="base_model", remedy="Give the folder of a saved model"
+        ) from None
 
 
 def _prepared(recipe: Recipe, name: str, asd: AsdConfig | None) -> tuple[Path, PreparedTask, list[Sample]]:

@@ -39,6 +39,7 @@ class Wanted(NamedTuple):
     model: ModelConfig | None
     max_length: int | None  # tokens in training
     max_model_len: int | None  # tokens in evaluation
+    taught: bool = True  # whether the training answers are, in some stage
 
 
 @dataclass
@@ -100,7 +101,7 @@ def verify(
             counter, context = counters.of(one.model)
             train, held_out = (_least(limit, context) for limit in (one.max_length, one.max_model_len))
             limits: dict[Part, int | None] = {"train": train, "validation": held_out, "test": held_out}
-            check(scan, Checks(counter, limits, _why_wrong), show)
+            check(scan, Checks(counter, limits, one.taught, _why_wrong), show)
             find_twins(scan, pictures)
             verified.notes += [f"{scan.name}: {note}" for note in scan.reader.notes]
         show("looking for leaks")
@@ -144,11 +145,14 @@ def _file(source: str, part: Part, images: Path | None, model: ModelConfig | Non
 
 def _tasks(recipe: Recipe) -> list[Wanted]:
     wanted = []
+    by_answers = [stage for stage in recipe.stages if stage.train.paradigm == "sft"]
+    taught = {name for stage in by_answers for name in (*stage.tasks, *stage.visitors)}
+    taught |= {anchor.name for anchor in recipe.anchors}
     for task in recipe.sources:
         if task.scorer:
             get_scorer(task.scorer)  # refuses what is none before anything is read
         limits = recipe.max_length(task.name), recipe.eval.max_model_len
-        wanted.append(Wanted(task, None, Path(recipe.folder), recipe.base_model, *limits))
+        wanted.append(Wanted(task, None, Path(recipe.folder), recipe.base_model, *limits, task.name in taught))
     return wanted
 
 

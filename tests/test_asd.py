@@ -297,6 +297,9 @@ def test_dialogues_convert_turn_by_turn() -> None:
     ]
     converted, report = convert(samples, 0.5, seed=0)
     assert report["converted"] == 20 and report["turns"] == {"converted": 40, "left native": 20}
+    letters, said = report["letters"], report["yes_no"]  # of both turns that each dialogue has in its new style
+    assert sum(letters.values()) == 2 * report["styles"]["mcq"]["converted"] and set(letters) == set("ABCD")
+    assert sum(said.values()) == 2 * report["styles"]["yes_no"]["converted"] and said["Yes"] == said["No"]
     for before, after in zip(samples, converted, strict=True):
         if "asd" not in after["meta"]:
             assert after == before

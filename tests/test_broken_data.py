@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,16 @@ def test_what_is_no_text_is_told_in_text(ucit):
     assert "conversations[0]: unknown role ['human']" in refusal(ucit)
 
 
+def test_a_row_that_is_null_is_a_bad_sample_and_not_one_of_another_part(ucit):
+    path = ucit / "instructions" / "ImageNet-R" / "train.json"
+    path.write_text(json.dumps([None, *json.loads(path.read_text())]))
+    for layout in (None, "coin"):
+        assert "sample 1: a sample is an object, not null" in refusal(ucit, layout=layout)
+    folder = prepare(ucit, "drop", layout=None, test=0.5)
+    assert not any("another part" in note for note in read_task(folder)["notes"])
+    assert "a sample is an object" in dropped(ucit)
+
+
 def test_rows_of_another_layout(ucit):
     edit(ucit, "ImageNet-R/test_3000.json", 1, question_id=None)
     path = ucit / "instructions" / "ImageNet-R" / "test_3000.json"
@@ -222,3 +233,50 @@ def test_a_pattern_that_matches_nothing_and_an_archive_that_is_none(ucit):
     assert "img.zip: images: cannot be unpacked" in refusal(ucit, images="img.zip")
     assert "img2.zip: images: no such file" in refusal(ucit, images="img2.zip")
     assert load_layout(None, ucit).read({"a": 1}, "train", "here") == {"a": 1}
+
+
+def corrupted(data: bytearray) -> None:
+    data[60:200] = bytes(byte ^ 0x5A for byte in data[60:200])
+
+
+def encrypted(data: bytearray) -> None:
+    """Set the flag of each entry in both of its headers."""
+    flag(data, b"PK\x03\x04", 6, 1)
+    flag(data, b"PK\x01\x02", 8, 1)
+
+
+def packed_in_an_unknown_way(data: bytearray) -> None:
+    flag(data, b"PK\x03\x04", 8, 97)
+    flag(data, b"PK\x01\x02", 10, 97)
+
+
+def flag(data: bytearray, header: bytes, offset: int, value: int) -> None:
+    at = -1
+    while (at := data.find(header, at + 1)) >= 0:
+        data[at + offset] = value
+
+
+@pytest.mark.parametrize("damage", [corrupted, encrypted, packed_in_an_unknown_way])
+def test_an_archive_that_cannot_be_unpacked_is_one_line_and_leaves_nothing_behind(damage, ucit):
+    with zipfile.ZipFile(ucit / "img.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.txt", "".join(chr(33 + number * 7919 % 90) for number in range(1000)))
+    data = bytearray((ucit / "img.zip").read_bytes())
+    damage(data)
+    (ucit / "img.zip").write_bytes(data)
+    assert "img.zip: images: cannot be unpacked: " in refusal(ucit, images="img.zip")
+    assert list((ucit / "cache" / "archives").iterdir()) == []
+
+
+def test_names_in_an_archive_stay_in_its_folder(ucit):
+    with zipfile.ZipFile(ucit / "img.zip", "w") as archive:
+        for path in (ucit / "datasets").rglob("*.jpg"):
+            archive.write(path, path.relative_to(ucit / "datasets"))
+        for name in ("../../../escaped.txt", "/escaped.txt"):
+            archive.writestr(name, "x")
+        link = zipfile.ZipInfo("ImageNet-R/link.jpg")
+        link.create_system, link.external_attr = 3, 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    prepare(ucit, images="img.zip")
+    escaped = [path for path in ucit.rglob("escaped.txt") if not path.is_relative_to(ucit / "cache" / "archives")]
+    assert escaped == [] and not (ucit.parent / "escaped.txt").exists()
+    assert not any(path.is_symlink() for path in (ucit / "cache" / "archives").rglob("*"))

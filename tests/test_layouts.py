@@ -304,6 +304,24 @@ def test_asd_of_every_task_reaches_its_share_or_says_why(stream, benchmarks, cac
 
 
 @pytest.mark.parametrize("stream", STREAMS)
+def test_the_command_converts_a_published_file_of_every_task_and_reads_it_as_the_recipe_does(
+    stream, benchmarks, cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MCIT_CACHE", str(cache))
+    recipe = load_recipe(f"{stream}/stream", [f"data={benchmarks / stream}"])
+    for task in recipe.tasks:
+        source, target = Path(task.train), tmp_path / f"{task.name}.jsonl"
+        images = Path(task.images) if task.images else None
+        more = {"layout": task.layout, "on_bad": recipe.prepare.on_bad}
+        convert_file(source, target, AsdConfig(fraction=0), 0, images, print, **more)
+        native = [sample["completion"] for sample in read_jsonl(target)]
+        folder = prepare_task(task, recipe.prepare, seed=0, asd=None, base_dir=Path(recipe.folder), cache=cache)
+        assert native == [sample["completion"] for sample in read_samples(folder, "train")]
+        report = convert_file(source, target, AsdConfig(fraction=0.5), 0, images, print, **more)
+        assert report["validation"]["failed"] == {} and len(read_jsonl(target)) == len(native)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
 def test_every_stage_of_every_stream_can_be_shown(stream, benchmarks, cache, monkeypatch):
     monkeypatch.setenv("MCIT_CACHE", str(cache))
     tiny = f"base_model.path={RECIPES / 'mini' / 'tiny_vlm'}"

@@ -80,6 +80,17 @@ def test_without_a_terminal_brackets_mark_the_loss(recipe, capsys):
     assert "── words w0 · number" in out and "[[1<|im_end|>]]" in out and "scores 100.0 (correct)" in out
 
 
+def test_a_model_that_cannot_be_had_is_one_line(recipe, tmp_path, monkeypatch):
+    recipe.base_model.path = str(tmp_path)
+    with pytest.raises(InputError, match="base_model: its processor cannot be loaded") as error:
+        read_stage(recipe, 1, 1)
+    assert "\n" not in str(error.value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    recipe.base_model.path = "acme/no-such-model"
+    with pytest.raises(InputError, match=r"base_model\.path: neither a folder nor a model that could be had"):
+        read_stage(recipe, 1, 1)
+
+
 def test_a_stage_that_is_not_there(recipe):
     with pytest.raises(InputError, match="the stream has stages 1 to 2"):
         read_stage(recipe, 3, 1)

@@ -278,6 +278,14 @@ def test_answers_without_the_form_of_their_style(data: Path) -> None:
     assert sum(p.kind == "reference" and p.part == "test" for p in found) == 4
 
 
+def test_gold_answers_of_reinforcement_tuning_need_no_reasoning(data: Path) -> None:
+    think = "{name: t, train: train.json, test: test.json, images: img, reasoning: think}"
+    recipe(data, think)
+    assert {(p.kind, p.part) for p in problems(data)} == {("form", "train")} and len(problems(data)) == 12
+    recipe(data, think, more="train: {paradigm: rft}\n")
+    assert problems(data) == []
+
+
 def test_references_that_nothing_can_meet(data: Path) -> None:
     plant(data, row("How many?", "3", "12.png", references=["4"], id="b1"), name="test.json")
     plant(data, row("How many circles?", "3", "13.png", references=["many"], id="b2"), name="test.json")
@@ -475,6 +483,31 @@ def test_the_clean_copy_is_clean(strict: bool, data: Path, monkeypatch, capsys) 
     assert json.loads(capsys.readouterr().out)["clean"]
 
 
+@pytest.mark.parametrize(
+    ("broken", "line"),
+    [
+        (
+            lambda data: [(data / "img" / f"{number}.png").unlink() for number in range(12)],
+            "t: --drop-bad: nothing is left of the train part",
+        ),
+        (lambda data: (data / "test.json").write_text("["), "--drop-bad: nothing is left of the test part"),
+        (lambda data: (data / "img.zip").write_bytes(b"PK"), "u: --drop-bad: nothing of it can be read"),
+    ],
+    ids=["no image", "no row", "no archive"],
+)
+def test_a_copy_without_a_part_is_refused_and_nothing_is_written(broken, line, data: Path, monkeypatch, capsys) -> None:
+    task = "train: train.json, test: test.json"
+    recipe(data, f"{{name: a, {task}, images: img2}}", f"{{name: t, {task}, images: img}}")
+    (data / "img2").mkdir()
+    for image in (data / "img").iterdir():
+        (data / "img2" / image.name).write_bytes(image.read_bytes())
+    if line.startswith("u:"):
+        recipe(data, f"{{name: a, {task}, images: img2}}", f"{{name: u, {task}, images: img.zip}}")
+    broken(data)
+    assert mcit(monkeypatch, data / "r.yaml", "--drop-bad", data / "clean") == 2
+    assert line in capsys.readouterr().err and not (data / "clean").exists()
+
+
 def test_files_without_a_recipe(data: Path, monkeypatch, capsys) -> None:
     scene(13).save(data / "img" / "leak.png")
     plant(data, row("q", "1", "gone.png"), row("How many shapes?", "6", "leak.png"))
@@ -497,6 +530,9 @@ def test_files_without_a_recipe(data: Path, monkeypatch, capsys) -> None:
         (["train.json", "seed=1"], "mcit verify: seed=1: changes a recipe, and none is named"),
         (["r.yaml", "--images", "img"], "mcit verify: --images, --model and --max-length are for data files"),
         (["r.yaml", "--drop-bad", "img"], "img: --drop-bad: is not empty. Name a new folder"),
+        (["r.yaml", "--drop-bad", "r.yaml"], "r.yaml: --drop-bad: is a file. Name a new folder"),
+        (["r.yaml", "--out", "img"], "img: --out: is a folder. Name a file"),
+        (["r.yaml", "--out", "r.yaml/report.json"], "r.yaml is a file, not a folder. Name another place"),
         (["r.yaml", "stream.t.scorer=nubmer"], "unknown scorer 'nubmer'. Did you mean number?"),
         ([], "mcit verify: names no recipe and no data file"),
     ],

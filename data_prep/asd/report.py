@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 from ..schema import AsdConfig, Sample, Style
+from ..styles import fits, split_reasoning
 from .conversion import STYLES, Conversion
 
 _EXAMPLES = 10  # of each style
@@ -42,8 +43,8 @@ def make_report(done: Conversion, asd: AsdConfig, seed: int) -> dict[str, Any]:
         "styles": styles,
         "format_sentences": done.format_sentences,
         "turns": done.turns,
-        "letters": dict(sorted(Counter(_answer(s) for s in new if s["style"] == "mcq").items())),
-        "yes_no": dict(sorted(Counter(_answer(s) for s in new if s["style"] == "yes_no").items())),
+        "letters": _answers("mcq", new),
+        "yes_no": _answers("yes_no", new),
         "how": dict(sorted(Counter(f"{s['style']}: {s['meta']['asd']['how']}" for s in new).items())),
         "usage": done.usage,
         "examples": _examples(done),
@@ -92,5 +93,13 @@ def _examples(done: Conversion) -> dict[str, list[dict[str, Any]]]:
     return dict(examples)
 
 
-def _answer(sample: Sample) -> str:
-    return sample["references"][0]
+def _answers(style: Style, new: list[Sample]) -> dict[str, int]:
+    """How often each answer is given in a style, earlier turns of dialogues included (but those that stayed native)."""
+    turns = (
+        split_reasoning(message["content"], sample["reasoning"])[1]
+        for sample in new
+        if sample["style"] == style
+        for message in sample["completion"]
+        if message["role"] == "assistant"
+    )
+    return dict(sorted(Counter(answer for answer in turns if fits(style, answer)).items()))

@@ -27,11 +27,13 @@ class Checks(NamedTuple):
     """What samples are held against, by who knows models and scorers.
 
     `counter` counts tokens (of samples whose images are named by number), and `limits` are those that fit, by part.
+    `taught` says whether the training answers are: under reinforcement tuning alone, a gold answer needs no reasoning.
     `why_wrong` says why the gold answer of a sample would not be scored as right by the scorer of that name.
     """
 
     counter: TokenCounter | None
     limits: dict[Part, int | None]
+    taught: bool
     why_wrong: Callable[[Sample, str], str | None]
 
 
@@ -50,7 +52,7 @@ def check(scan: Scan, checks: Checks, show: Callable[[str], None]) -> None:
     waiting: dict[str, Record] = {}  # handed to the counter
 
     def sound() -> Iterator[Sample]:
-        for count, record in enumerate(_sound(scan, checks.why_wrong), 1):
+        for count, record in enumerate(_sound(scan, checks), 1):
             if count % _EVERY == 0:
                 show(f"{scan.name}: {count} samples checked")
             waiting[str(record.offset)] = record
@@ -72,7 +74,7 @@ def check(scan: Scan, checks: Checks, show: Callable[[str], None]) -> None:
     _check_pictures(scan)
 
 
-def _sound(scan: Scan, why_wrong: Callable[[Sample, str], str | None]) -> Iterator[Record]:
+def _sound(scan: Scan, checks: Checks) -> Iterator[Record]:
     """The samples with whole images; those whose answer is wrong are among them, and among the findings."""
     formless: dict[Part, int] = Counter()
     problems, since = scan.findings.problems, len(scan.findings.problems)
@@ -91,10 +93,11 @@ def _sound(scan: Scan, why_wrong: Callable[[Sample, str], str | None]) -> Iterat
             formless[record.part] += 1
             problem = f"the answer does not have the form of style {style}: {_shown(answer)}"
             scan.complain("form", problem, record, field="answer", remedy="Correct it, or name another `style:`")
-        elif record.part != "train" and (why := why_wrong(sample, scan.scorer)):
+        elif record.part != "train" and (why := checks.why_wrong(sample, scan.scorer)):
             remedy = f"Correct it, or name another `scorer:` (it is {scan.scorer})"
             scan.complain("reference", why, record, field="references", remedy=remedy)
-        if record.part == "train" and not split_reasoning(sample["completion"][-1]["content"], sample["reasoning"])[2]:
+        taught = checks.taught and record.part == "train"
+        if taught and not split_reasoning(sample["completion"][-1]["content"], sample["reasoning"])[2]:
             problem = f"the answer is not in the form of reasoning {sample['reasoning']!r}"
             scan.complain("form", problem, record, field="answer", remedy="Correct it, or name another `reasoning:`")
         question, said = question_key(sample, scan.formats), answer_key(sample)
