@@ -58,16 +58,20 @@ def shown_and_known(row: Row) -> tuple[float, float]:
 
     A free answer in a foreign form that scores nothing is no guess but no answer: 0, as formula scoring has it.
     """
+    return shown(row), above_chance(row["constrained_score"], row["chance"])
+
+
+def shown(row: Row) -> float:
+    """What one free answer shows, above chance."""
     unanswered = not row["format_ok"] and row["score"] == 0
-    shown = 0.0 if unanswered else above_chance(row["score"], row["chance"])
-    return shown, above_chance(row["constrained_score"], row["chance"])
+    return 0.0 if unanswered else above_chance(row["score"], row["chance"])
 
 
 def knowledge(rows: Sequence[Row]) -> tuple[float, float]:
     """Mean of what the rows of a cell show and know. Below chance there is nothing to know: the means end at 0."""
     values = np.array([shown_and_known(row) for row in rows])
-    shown, known = np.maximum(values.mean(axis=0), 0).tolist()
-    return shown, known
+    shown_mean, known_mean = np.maximum(values.mean(axis=0), 0).tolist()
+    return shown_mean, known_mean
 
 
 def split_parts(means: np.ndarray) -> np.ndarray:

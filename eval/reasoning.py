@@ -12,7 +12,7 @@ import numpy as np
 
 from mcit.data_prep.files import read_jsonl
 
-from .forgetting import Estimate, estimates
+from .forgetting import Estimate, estimates, shown
 from .judge.cells import judgements
 from .metrics import continual_metrics
 from .stats import image_clusters, resampled_means
@@ -23,12 +23,18 @@ Markers = Sequence[Sequence[Mapping[str, Any] | None]]  # of the judged cells, s
 
 
 class Outlived(TypedDict):
-    """What a task (or on average several) has lost since it was learned, in points of 0–100, on the same samples."""
+    """What became of a task (or on average of several) since it was learned, on the same samples.
+
+    Losses are in points of 0–100. What is kept is in % of what was there when it was learned, since the two have
+    different levels: 2 points of 2 are a greater loss than 20 of 90. None where nothing had been learned.
+    """
 
     n: int  # samples with a score for their reasoning at both stages
     reasoning: Estimate  # loss of the reasoning score
-    answer: Estimate  # loss of the answer score
-    difference: Estimate  # answer − reasoning: above 0, reasoning outlives answers
+    answer: Estimate  # loss of the answer score, above chance where the chance is known (`eval.constrained`)
+    reasoning_kept: Estimate | None
+    answer_kept: Estimate | None
+    difference: Estimate | None  # reasoning_kept − answer_kept: above 0, reasoning outlives answers
 
 
 class Reasoning(TypedDict):
@@ -89,7 +95,7 @@ def reasoning_results(
 
 
 def _values(run: Path, task: str, first: int, last: int) -> tuple[np.ndarray, list[Hashable]]:
-    """[samples, 3] losses of reasoning, of the answer, and the second minus the first; and the images of the samples.
+    """[samples, 4] reasoning when learned and now, answer when learned and now; and the images of the samples.
 
     Of the samples whose reasoning has a score at both stages.
     """
@@ -102,25 +108,62 @@ def _values(run: Path, task: str, first: int, last: int) -> tuple[np.ndarray, li
     )
     then, now = reasoning
     names = [name for name in now if name in then and None not in (then[name]["score"], now[name]["score"])]
-    losses = [[table[0][name]["score"] - table[1][name]["score"] for table in (reasoning, answers)] for name in names]
-    values = np.array([[one, other, other - one] for one, other in losses]).reshape(-1, 3)
-    return values, image_clusters(now[name]["image_id"] for name in names)
+    values = [
+        [*(table[name]["score"] for table in reasoning), *(_answer(table[name]) for table in answers)] for name in names
+    ]
+    return np.array(values).reshape(-1, 4), image_clusters(now[name]["image_id"] for name in names)
+
+
+def _answer(row: Mapping[str, Any]) -> float:
+    return shown(row) if row.get("chance") is not None else row["score"]
+
+
+def _parts(means: np.ndarray) -> np.ndarray:
+    """[…, 4] means → […, 5] both losses, what is kept of both in %, and the difference; nan where nothing was learned.
+
+    Below chance there is nothing to lose: the means end at 0.
+    """
+    reasoned, reasons, answered, answer = np.moveaxis(np.maximum(means, 0), -1, 0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = [100 * np.where(then > 0, now / then, np.nan) for then, now in ((reasoned, reasons), (answered, answer))]
+    return np.stack([reasoned - reasons, answered - answer, *kept, kept[0] - kept[1]], axis=-1)
 
 
 def _outlived(
     lost: Mapping[str, tuple[np.ndarray, list[Hashable]]],
 ) -> tuple[dict[str, Outlived], Outlived | None]:
     """Of each task, and of their mean, with 95 % intervals by a bootstrap over images: a sample's figures are drawn
-    together, the tasks independently of each other."""
-    drawn = {task: resampled_means(table, images, seed) for seed, (task, (table, images)) in enumerate(lost.items())}
-    tasks = {task: _estimates(len(table), table.mean(axis=0), drawn[task]) for task, (table, _) in lost.items()}
+    together, the tasks independently of each other. Resamples in which nothing had been learned do not count."""
+    drawn = {
+        task: _parts(resampled_means(table, images, seed)) for seed, (task, (table, images)) in enumerate(lost.items())
+    }
+    parts = {task: _parts(table.mean(axis=0)) for task, (table, _) in lost.items()}
+    tasks = {task: _estimates(len(table), parts[task], drawn[task]) for task, (table, _) in lost.items()}
     if not tasks:
         return {}, None
-    means = np.mean([table.mean(axis=0) for table, _ in lost.values()], axis=0)
     samples = sum(split["n"] for split in tasks.values())
-    return tasks, _estimates(samples, means, np.mean([*drawn.values()], axis=0))
+    return tasks, _estimates(samples, np.mean([*parts.values()], axis=0), np.mean([*drawn.values()], axis=0))
 
 
 def _estimates(n: int, values: np.ndarray, drawn: np.ndarray) -> Outlived:
-    reasoning, answer, difference = estimates(values, drawn)
-    return {"n": n, "reasoning": reasoning, "answer": answer, "difference": difference}
+    """`values` [5] and `drawn` [resamples, 5]."""
+    reasoning, answer = estimates(values[:2], drawn[:, :2])
+    kept = [
+        None if np.isnan(value) else estimates(np.array([value]), _defined(column))[0]
+        for value, column in zip(values[2:].tolist(), drawn.T[2:], strict=True)
+    ]
+    one, other, difference = kept
+    return {
+        "n": n,
+        "reasoning": reasoning,
+        "answer": answer,
+        "reasoning_kept": one,
+        "answer_kept": other,
+        "difference": difference,
+    }
+
+
+def _defined(column: np.ndarray) -> np.ndarray:
+    """[resamples, 1] without nan, or a single nan where there is nothing else."""
+    known = column[~np.isnan(column)]
+    return (known if len(known) else np.array([np.nan]))[:, None]

@@ -60,7 +60,12 @@ def make_stages(run: Path) -> None:
 
 
 def write_answers(
-    run: Path, stage: int, samples: Sequence[Sample], responses: Mapping[str, str] | str, cut: Sequence[str] = ()
+    run: Path,
+    stage: int,
+    samples: Sequence[Sample],
+    responses: Mapping[str, str] | str,
+    cut: Sequence[str] = (),
+    chance: float | None = None,
 ) -> None:
     """The predictions of a cell: `responses` by id, or one for all; those in `cut` ended at the token limit."""
     rows: list[dict[str, Any]] = []
@@ -69,7 +74,7 @@ def write_answers(
         finished = sample["id"] not in cut
         score = score_response(sample, text, get_scorer("yes_no"), finished)
         known = {"id": sample["id"], "response": text, "references": sample["references"], "finished": finished}
-        rows.append(known | {"image_id": (sample.get("meta") or {}).get("image_id"), **score})
+        rows.append(known | {"chance": chance, "image_id": (sample.get("meta") or {}).get("image_id"), **score})
     name, folder = samples[0]["task"], run / "predictions" / f"{stage:02d}"
     write_jsonl(folder / f"{name}.jsonl", rows)
     mean = sum(row["score"] for row in rows) / len(rows)

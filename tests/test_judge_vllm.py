@@ -10,7 +10,8 @@ import pytest
 from judging import make_stages, write_answers
 from vllm_server import vllm_server
 
-from mcit.data_prep.files import read_json, read_jsonl, write_json
+from mcit.data_prep.files import read_json, read_jsonl, write_json, write_jsonl
+from mcit.data_prep.mini.rationales import rate
 from mcit.data_prep.prepare import prepare_task
 from mcit.data_prep.schema import LimitConfig, PrepareConfig, TaskConfig
 from mcit.eval.config import JudgeConfig
@@ -76,11 +77,9 @@ def test_whatever_an_untuned_model_says_is_a_verdict_on_the_scale_or_counted(tmp
 
 
 @pytest.mark.slow
-def test_a_tuned_judge_is_measured_served_and_judges_a_run(tuned: Path, tmp_path: Path) -> None:
-    found = agreement_files(tuned / "predictions" / "01" / "ratings.jsonl", None)
-    print(found)
-    assert found["pairs"] + found["unscored"] == 40 and found["pairs"] > 30  # it has learned the form
-
+def test_a_tuned_judge_is_served_judges_a_run_and_is_measured_against_exact_ratings(
+    tuned: Path, tmp_path: Path
+) -> None:
     run, cells = judged_run(tmp_path), [(1, "art"), (2, "art")]
     folder = next((tuned / "stages").glob("01-*")) / "adapter"
     with vllm_server(tmp_path / "log", {"judge": folder}) as address:
@@ -88,10 +87,19 @@ def test_a_tuned_judge_is_measured_served_and_judges_a_run(tuned: Path, tmp_path
         judge_cells(judged_cells(run, cells, config), config, tmp_path / "cache", print)
         first = {cell: read_jsonl(run / "judgements" / f"{cell[0]:02d}" / "art.jsonl") for cell in cells}
         markers = [read_json(run / "judgements" / f"{k:02d}" / "art.done.json") for k in (1, 2)]
-        assert sum(marker["outcomes"]["judged"] for marker in markers) >= 12  # of 16, each an honest JSON verdict
-        assert all(sum(marker["outcomes"].values()) == 8 for marker in markers)
+        judged = [marker["outcomes"]["judged"] for marker in markers]
+        assert sum(judged) >= 8 and all(sum(marker["outcomes"].values()) == 8 for marker in markers)
         untuned = config.model_copy(update={"model": "tiny"})
         assert not any(cell.is_done() for cell in judged_cells(run, cells, untuned))  # another model, other scores
+
+    samples = {sample["id"]: sample for sample in read_jsonl(run / "data" / "art" / "test.jsonl")}
+    for k, count in zip((1, 2), judged, strict=True):
+        answers = read_jsonl(run / "predictions" / f"{k:02d}" / "art.jsonl")
+        rated = [{"id": row["id"], "ratings": rate(samples[row["id"]], row["think"])} for row in answers]
+        write_jsonl(tmp_path / f"rated-{k}.jsonl", rated)
+        found = agreement_files(run / "judgements" / f"{k:02d}" / "art.jsonl", tmp_path / f"rated-{k}.jsonl")
+        print(found)
+        assert (found["pairs"], found["unscored"], found["unrated"]) == (count, 8 - count, 0)
 
     (run / "judgements").rename(tmp_path / "before")  # the same again without a server: every reply was kept
     gone = config.model_copy(update={"endpoint": "http://127.0.0.1:9/v1"})

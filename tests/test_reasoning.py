@@ -7,10 +7,12 @@ import pytest
 from judging import LEARNED, STAGES, make_stages, make_task, said, write_answers
 
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.judge.cells import judge_cells, judged_cells
 from mcit.eval.metrics import continual_metrics
 from mcit.eval.report.page import write_report
+from mcit.eval.report.words import sentences
 from mcit.eval.results import assemble_results, read_results, write_results
 
 JUDGE = "test_reasoning:stated"
@@ -61,12 +63,38 @@ def test_losses_of_both_are_over_the_samples_whose_reasoning_has_two_scores(run:
     assert lost["n"] == 3
     assert lost["reasoning"]["value"] == pytest.approx((0 + 40 + 0) / 3)
     assert lost["answer"]["value"] == pytest.approx((0 + 100 + 100) / 3)
-    assert lost["difference"]["value"] == pytest.approx(160 / 3)
-    assert lost["difference"]["low"] <= 160 / 3 <= lost["difference"]["high"]
-    assert lost["reasoning"]["low"] < lost["reasoning"]["high"]
-    assert results(run)["reasoning"]["mean"]["difference"]["value"] == pytest.approx(
-        160 / 3
-    )  # one task of earlier stages
+    kept = (100 * 160 / 200, 100 * 100 / 300)
+    assert (lost["reasoning_kept"]["value"], lost["answer_kept"]["value"]) == pytest.approx(kept)
+    assert lost["difference"]["value"] == pytest.approx(kept[0] - kept[1])
+    for part in ("reasoning", "answer", "difference"):
+        assert lost[part]["low"] <= lost[part]["value"] <= lost[part]["high"] and lost[part]["low"] < lost[part]["high"]
+    assert results(run)["reasoning"]["mean"]["difference"] == lost["difference"]  # one task of earlier stages
+
+
+def test_of_what_was_never_learned_nothing_is_said_to_outlive(run: Path) -> None:
+    """Reasoning at 0 when learned: its loss of 0 points is no sign that it lasts."""
+    samples = read_jsonl(run / "data" / "art" / "test.jsonl")
+    write_answers(run, 1, samples, said("0 0"))
+    write_answers(run, 2, samples, said("0 0", "no"))
+    judge_cells(judged_cells(run, CELLS, JUDGE), JUDGE, run / "cache", print)
+    found = results(run)
+    lost = found["reasoning"]["mean"]
+    assert lost["reasoning"]["value"] == 0 and lost["answer"]["value"] == 100
+    assert lost["reasoning_kept"] is None and lost["difference"] is None and lost["answer_kept"]["value"] == 0
+    found["verdicts"] = [[None] * 2] * 3
+    assert "of one of the two nothing had been learned" in " ".join(sentences(found))
+
+
+def test_answers_count_above_chance_where_it_is_known(run: Path) -> None:
+    """Three of four right by yes or no are 50 above chance, two of four are 0: nothing is left, though 50 are right."""
+    samples = read_jsonl(run / "data" / "art" / "test.jsonl")
+    for k, right in ((1, 3), (2, 2)):
+        responses = {s["id"]: said("80 80", "yes" if i < right else "no") for i, s in enumerate(samples)}
+        write_answers(run, k, samples, responses, chance=0.5)
+    judge_cells(judged_cells(run, CELLS, JUDGE), JUDGE, run / "cache", print)
+    lost = results(run)["reasoning"]["tasks"]["art"]
+    assert lost["answer"]["value"] == 50 and lost["answer_kept"]["value"] == 0
+    assert lost["reasoning_kept"]["value"] == 100 == lost["difference"]["value"]
 
 
 def test_scores_of_answers_that_were_given_anew_do_not_count(run: Path) -> None:

@@ -39,7 +39,7 @@ class Agreement(TypedDict):
 class Rated(NamedTuple):
     """The scores of one reasoning."""
 
-    scores: dict[str, float]  # of the dimensions there are, and "score", their mean
+    scores: Mapping[Any, float]  # of the dimensions there are, and "score", their mean
     cluster: Hashable  # what it is about: image, or the sample that several were made of
 
 
@@ -186,8 +186,10 @@ def _scores(line: Mapping[str, Any]) -> Rated | None:
 def _verdict(line: Mapping[str, Any], text: Any) -> Rated | None:
     """The scores of a verdict written as JSON; None where it is not one."""
     dimensions: tuple[Dimension, ...] = tuple(name for name in DIMENSIONS if f'"{name}"' in str(text))
+    if not dimensions:
+        return None
     try:
-        return Rated(dict(read_verdict(str(text), dimensions).scores), _cluster(line)) if dimensions else None
+        return Rated(read_verdict(str(text), dimensions).scores, _cluster(line))
     except Unreadable:
         return None
 

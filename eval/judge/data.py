@@ -51,7 +51,7 @@ def write_corrupted(source: Path, target: Path, seed: int) -> dict[str, int]:
     `source` is of any layout that rows may have; samples without `<think>` are left out. Returns how many there are of
     each kind. Image paths stay relative to the folder of `source`. Raises `InputError`.
     """
-    samples, thinks = [], []
+    samples, thinks = list[dict[str, Any]](), list[str]()
     for where, raw in read_rows(source.name, "train", source.parent.resolve()):
         row = parse_row(raw, where)
         think = split_reasoning(row.completion[-1]["content"], "think")[0]

@@ -108,8 +108,10 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _estimate(part: Mapping[str, Any]) -> str:
-    """`12.3 [10.1, 14.5]`."""
+def _estimate(part: Mapping[str, Any] | None) -> str:
+    """`12.3 [10.1, 14.5]`, or a dash."""
+    if part is None:
+        return "–"
     return with_bounds(part["value"], (part["low"], part["high"]) if part["low"] is not None else None)
 
 

@@ -227,11 +227,16 @@ def _reasoning(result: Mapping[str, Any]) -> str | None:
         return None
     said = f"Since they were learned, earlier tasks lost {lost['reasoning']['value']:.1f} points of reasoning and "
     said += f"{lost['answer']['value']:.1f} of answers"
-    found = {"difference": lost["difference"]["value"], **{key: lost["difference"][key] for key in ("low", "high")}}
+    if not (kept := lost["difference"]):
+        return f"{said}; of one of the two nothing had been learned."
+    shares = "{:.0f} % of the reasoning is left and {:.0f} % of the answers".format(
+        *(lost[part]["value"] for part in ("reasoning_kept", "answer_kept"))
+    )
+    found = {"difference": kept["value"], "low": kept["low"], "high": kept["high"]}
     told = _told_apart(
         found, "reasoning outlived answers", "answers outlived reasoning", "the two cannot be told apart"
     )
-    return f"{said}: {told}."
+    return f"{said}; {shares}: {told}."
 
 
 def _general(result: Mapping[str, Any]) -> str | None:
