@@ -159,7 +159,8 @@ def measured(run: str, folder: Path) -> list[dict[str, object]]:
     trained = json.loads((folder / "trained.json").read_text())
     log = [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
     steps = {"steps": trained["steps"], "s_per_step": round(log[-1]["train_runtime"] / trained["steps"], 3)}
-    cost = {"peak_gib": round(trained["peak_memory_bytes"] / 2**30, 1), "stage_s": round(trained["seconds"], 1)}
+    peak = trained["cost"]["peak_gpu_bytes"] or trained["cost"]["peak_host_bytes"]
+    cost = {"peak_gib": round(peak / 2**30, 1), "stage_s": round(trained["seconds"], 1)}
     return [{"run": run, "stage": folder.name, "mode": trained["mode"], **steps, **cost}]
 
 

@@ -16,7 +16,7 @@ def is_hub(data: str | None) -> bool:
 
 def pin(data: str) -> str:
     """The place with the commit that it stands for now; it fetches the dataset's card alone. Raises `InputError`."""
-    hub_id, revision = _parts(data)
+    hub_id, revision = split_place(data)
     if revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision):
         return data
     return f"hub:{hub_id}@{_snapshot(hub_id, revision, ['README.md']).name}"  # …/snapshots/<commit>
@@ -24,12 +24,12 @@ def pin(data: str) -> str:
 
 def same_dataset(data: str, other: str) -> bool:
     """Whether two places are one dataset, whatever their revisions."""
-    return _parts(data)[0] == _parts(other)[0]
+    return split_place(data)[0] == split_place(other)[0]
 
 
 def is_pinned(data: str) -> bool:
     """Whether a place names a revision."""
-    return _parts(data)[1] is not None
+    return split_place(data)[1] is not None
 
 
 def download(data: str, paths: Iterable[str]) -> Path:
@@ -37,12 +37,13 @@ def download(data: str, paths: Iterable[str]) -> Path:
 
     What is there already is not fetched again; without a network, what was fetched before is what there is.
     """
-    hub_id, revision = _parts(data)
+    hub_id, revision = split_place(data)
     patterns = [pattern for path in paths for pattern in (["*"] if path == "." else [path, f"{path}/**"])]
     return _snapshot(hub_id, revision, patterns)
 
 
-def _parts(data: str) -> tuple[str, str | None]:
+def split_place(data: str) -> tuple[str, str | None]:
+    """The Hub's name and the revision, if there is one, of a place. Raises `InputError`."""
     match = _PLACE.fullmatch(data)
     if not match:
         remedy = "Write hub:owner/name or hub:owner/name@revision"

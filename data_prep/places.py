@@ -2,11 +2,13 @@
 
 import lzma
 import os
+import re
 import shutil
+import stat
 import tempfile
 import zipfile
 import zlib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from .errors import InputError
 from .files import hash_json
@@ -43,7 +45,9 @@ def _unpacked(archive: Path, cache: Path) -> Path:
     temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
     try:
         with zipfile.ZipFile(archive) as file:
-            file.extractall(temporary)  # it keeps names inside the folder
+            for entry in file.infolist():
+                _check_entry(entry, archive)
+            file.extractall(temporary)
         temporary.chmod(0o755)
         os.rename(temporary, folder)
     except _DAMAGED as error:
@@ -54,3 +58,15 @@ def _unpacked(archive: Path, cache: Path) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _check_entry(entry: zipfile.ZipInfo, archive: Path) -> None:
+    """Refuse what is no plain file or folder inside the archive: a link, or a name that leads out of it."""
+    path = PurePosixPath(entry.filename.replace("\\", "/"))
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        problem = f"holds a link, {entry.filename}"
+    elif path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", entry.filename):
+        problem = f"holds {entry.filename}, which leads out of it"
+    else:
+        return
+    raise InputError(problem, where=archive, field="images", remedy="Unpack it yourself, and look at it")

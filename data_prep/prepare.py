@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from .asd.conversion import Converter, convert
-from .asd.endpoint import Endpoint, Picture
 from .asd.llm import Llm
+from .asd.prompts import VERSION
 from .asd.report import make_report
 from .asd.rules import Rules
 from .build import Builder
 from .cache import code_identity, publish, remember, remembered, temporary_folder
+from .endpoint import Endpoint, Picture
 from .errors import InputError
 from .files import hash_json, read_json, write_json
 from .images import ImageFacts
@@ -131,7 +132,7 @@ def _diversify(
         if asd.converter == "llm":
             images = read_images(native)
             pictures = {name: Picture(image_path(native, task, name), facts.sha256) for name, facts in images.items()}
-            converter = Llm(Endpoint(asd, cache, show), pictures)
+            converter = Llm(Endpoint(asd, cache / "asd", VERSION, show), pictures)
         done = convert(SampleFile(native / "train.jsonl"), asd.fraction, seed, converter, known_formats=known_formats)
         report = make_report(done, asd, seed)
         parts: dict[Part, Iterable[Sample]] = {"train": done.after()}

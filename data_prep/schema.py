@@ -1,6 +1,6 @@
 """What a sample, a task and its preparation are. Everything downstream reads these and nothing else."""
 
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, Self, TypedDict
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -98,12 +98,9 @@ class PrepareConfig(Config):
     on_bad: Literal["error", "drop"] = "error"
 
 
-class AsdConfig(Config):
-    """Answer-style diversification (SEFE, arXiv 2505.02486): `method: {asd: {…}}` of a recipe."""
+class EndpointConfig(Config):
+    """A model behind an OpenAI-compatible endpoint, and how it is asked (`mcit.data_prep.endpoint`)."""
 
-    fraction: float = Field(default=0.2, ge=0, le=1)  # 20 %: SEFE's best (page)
-    converter: Literal["rules", "llm"] = "rules"
-    # Of the converter `llm`:
     endpoint: str | None = None  # OpenAI-compatible, up to /v1: http://localhost:8000/v1
     model: str | None = None  # as the endpoint calls it
     api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; the key is written nowhere
@@ -113,24 +110,39 @@ class AsdConfig(Config):
     request: dict[str, Any] = Field(default_factory=dict)  # other parameters of the request: {temperature: 0.7, …}
 
     @model_validator(mode="after")
+    def _check_address(self) -> Self:
+        parts = urlsplit(self.endpoint or "")
+        if self.endpoint and (parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc):
+            problem = "`endpoint` is an address such as http://localhost:8000/v1, without a key"
+            raise PydanticCustomError("endpoint", problem)
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on; where the model is served and how fast it is asked is no part of it."""
+        return self.model_dump(exclude={"endpoint", "api_key_env", "concurrency", "timeout", "retries"})
+
+
+class AsdConfig(EndpointConfig):
+    """Answer-style diversification (SEFE, arXiv 2505.02486): `method: {asd: {…}}` of a recipe.
+
+    What an endpoint needs is for the converter `llm` alone.
+    """
+
+    fraction: float = Field(default=0.2, ge=0, le=1)  # 20 %: SEFE's best (page)
+    converter: Literal["rules", "llm"] = "rules"
+
+    @model_validator(mode="after")
     def _check_converter(self) -> "AsdConfig":
         for key in ("endpoint", "model"):
             if (getattr(self, key) is not None) != (self.converter == "llm"):
                 problem = "needs `{key}`" if self.converter == "llm" else "takes no `{key}`"
                 raise PydanticCustomError("asd", f"the converter {self.converter} {problem}", {"key": key})
-        parts = urlsplit(self.endpoint or "")
-        if self.endpoint and (parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc):
-            raise PydanticCustomError("asd", "`endpoint` is an address such as http://localhost:8000/v1, without a key")
         return self
 
     @model_serializer(mode="wrap")
     def _only_what_acts(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         shown = serialize(self)
         return {key: shown[key] for key in shown if self.converter == "llm" or key in ("fraction", "converter")}
-
-    def identity(self) -> dict[str, Any]:
-        """What the converted data depend on; where the model is served and how fast it is asked is no part of it."""
-        return self.model_dump(exclude={"endpoint", "api_key_env", "concurrency", "timeout", "retries"})
 
 
 class PreparedTask(TypedDict):

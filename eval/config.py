@@ -1,12 +1,16 @@
 """The `eval:` section of a recipe."""
 
-from typing import Literal
-from urllib.parse import urlsplit
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from mcit.data_prep.schema import Config, TaskConfig
+from mcit.data_prep.errors import InputError
+from mcit.data_prep.readers import is_function
+from mcit.data_prep.schema import Config, EndpointConfig, TaskConfig
+
+from .judge.prompts import Instructions
+from .judge.rubrics import check_rubric
 
 
 class DuringConfig(Config):
@@ -17,24 +21,62 @@ class DuringConfig(Config):
     probes: int = Field(default=64, gt=0)  # test samples asked of each task
 
 
-class RemoteConfig(Config):
-    """`eval.remote:`, the vLLM server that `engine: remote` asks. Where it is and how fast changes no answer."""
+class RemoteConfig(EndpointConfig):
+    """`eval.remote:`, the vLLM server that `engine: remote` asks. Where it is and how fast changes no answer.
 
-    endpoint: str  # up to /v1: http://localhost:8000/v1
-    model: str | None = None  # what it calls the base; default: the first model that it lists
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; the key is written nowhere
+    `model` is what it calls the base; default: the first model that it lists.
+    """
+
     concurrency: int = Field(default=64, gt=0)  # questions under way at once
     timeout: float = Field(default=600, gt=0)  # seconds until a question is asked again
     retries: int = Field(default=4, ge=0)  # of a question that met a timeout, an overload or a server's fault
     parity: bool = True  # compare log-probs with transformers here; without, an adapter is shown to act, no more
 
-    @field_validator("endpoint")
-    @classmethod
-    def _check_address(cls, address: str) -> str:
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
-            raise PydanticCustomError("endpoint", "is no address such as http://localhost:8000/v1, without a key")
-        return address
+    @model_validator(mode="after")
+    def _check_remote(self) -> "RemoteConfig":
+        if self.endpoint is None:
+            raise PydanticCustomError("remote", "needs `endpoint`")
+        if self.request:
+            raise PydanticCustomError("remote", "takes no `request`: answers are greedy, as in the other engines")
+        return self
+
+
+class JudgeConfig(EndpointConfig):
+    """`eval.judge:` of a model that reads reasoning; see docs/judging.md."""
+
+    rubrics: dict[str, str] = Field(default_factory=dict)  # task → a field's name, or what counts, in a sentence
+    instructions: Instructions = "full"  # brief: for a judge that was tuned on such prompts
+    samples: int | None = Field(default=None, gt=0)  # of each cell, the same at every stage; default: all
+    attempts: int = Field(default=3, gt=0)  # how often it is asked until its reply is a verdict
+
+    @model_validator(mode="after")
+    def _check_judge(self) -> "JudgeConfig":
+        for key in ("endpoint", "model"):
+            if getattr(self, key) is None:
+                raise PydanticCustomError("judge", "needs `{key}`", {"key": key})
+        for rubric in self.rubrics.values():
+            try:
+                check_rubric(rubric)
+            except InputError as error:
+                raise PydanticCustomError("judge", "{error}", {"error": str(error)}) from None
+        return self
+
+
+def _program(name: str) -> str:
+    if not is_function(name):
+        problem = "is no module:function; a model is a mapping {endpoint: …, model: …}"
+        raise PydanticCustomError("judge", problem)
+    return name
+
+
+def _kind_of_judge(value: Any) -> str:
+    return "<program>" if isinstance(value, str) else "<model>"
+
+
+Judge = Annotated[
+    Annotated[JudgeConfig, Tag("<model>")] | Annotated[str, AfterValidator(_program), Tag("<program>")],
+    Discriminator(_kind_of_judge),
+]
 
 
 class EvalConfig(Config):
@@ -58,6 +100,7 @@ class EvalConfig(Config):
     # single improbable tokens differ by tenths in correct code, the mean over all probe tokens.
     parity_tolerance: float = Field(default=0.05, gt=0)
     during: DuringConfig | None = None  # None: nothing is asked while a stage trains
+    judge: Judge | None = None  # of reasoning: a model, or a program that checks it, as module:function
 
     @model_validator(mode="after")
     def _check_remote(self) -> "EvalConfig":

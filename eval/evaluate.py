@@ -48,11 +48,10 @@ def evaluate_cells(
 ) -> None:
     """Answer and score every cell (stage, task) that is not done.
 
-    Base and LoRA policies share one engine; each merged policy, and each of a rank above vLLM's limit, then has one of
-    its own. Answers are kept as they come
-    (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under
-    their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them:
-    row 0 is asked once.
+    Base and LoRA policies share one engine; each merged or extended policy, and each of a rank above vLLM's limit, then
+    has its own. Answers are kept as they come (`predictions/<kk>/<task>.partial.jsonl`,
+    `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under their fingerprint in `cache/predictions/`
+    (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them: row 0 is asked once.
     Raises `InputError`, also when a policy fails the checks of `mcit.eval.liveness`.
     """
     cache = cache or cache_dir()
@@ -94,7 +93,7 @@ def _evaluate_group(policies: Sequence[Policy], cells: Sequence[Cell], config: E
     from .engines import make_engine
 
     start = time.monotonic()
-    probes = _probes(cells, config.probes)
+    probes = choose_probes(cells, config.probes)
     max_images = max(len(sample["images"]) for cell in cells for sample in cell.samples)
     reference = _reference(policies, probes, config)
     engine = make_engine(policies, config, max_images, say=_say)
@@ -107,7 +106,7 @@ def _evaluate_group(policies: Sequence[Policy], cells: Sequence[Cell], config: E
         engine.close()
 
 
-def _probes(cells: Sequence[Cell], count: int) -> list[Request]:
+def choose_probes(cells: Sequence[Cell], count: int) -> list[Request]:
     """The same `count` questions for every policy, spread over the tasks."""
     by_task = {cell.task["name"]: cell for cell in cells}
     ordered = [

@@ -130,10 +130,14 @@ def _average(
 
 
 def _split(samples: int, parts: np.ndarray, drawn: np.ndarray, recoverable: float) -> Split:
-    """`parts` [3], and `drawn` [resamples, 3], of which the middle 95 % are the intervals; nan where there are none."""
-    bounds = np.percentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T.tolist()
-    loss, essential, superficial = (
-        Estimate(value=value, low=None, high=None) if np.isnan(low) else Estimate(value=value, low=low, high=high)
-        for value, (low, high) in zip(parts.tolist(), bounds, strict=True)
-    )
+    loss, essential, superficial = estimates(parts, drawn)
     return {"n": samples, "loss": loss, "essential": essential, "superficial": superficial, "recoverable": recoverable}
+
+
+def estimates(values: np.ndarray, drawn: np.ndarray) -> list[Estimate]:
+    """`values` [columns] with the middle 95 % of `drawn` [resamples, columns], nan where there are no intervals."""
+    bounds = np.percentile(drawn, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=0).T.tolist()
+    return [
+        Estimate(value=value, low=None, high=None) if np.isnan(low) else Estimate(value=value, low=low, high=high)
+        for value, (low, high) in zip(values.tolist(), bounds, strict=True)
+    ]

@@ -9,9 +9,8 @@ import numpy as np
 from mcit.data_prep.files import read_jsonl
 
 from .metrics import continual_metrics
-from .stats import LEVEL, image_clusters, resampled_means
+from .stats import LEVEL, RESAMPLES, image_clusters, resampled_means
 
-RESAMPLES = 1_999  # of whole matrices, whose metrics are taken one by one; an interval's ends need no more
 _SAME = 1e-6  # points by which the mean of a cell's rows may differ from its score
 
 
@@ -70,5 +69,5 @@ def _column(
     if len(set(images)) < 2:
         return None
     column = np.full((RESAMPLES, len(matrix)), np.nan)
-    column[:, scored] = np.clip(resampled_means(scores, images, seed, RESAMPLES), 0, 100)
+    column[:, scored] = np.clip(resampled_means(scores, images, seed), 0, 100)
     return column

@@ -11,11 +11,14 @@ from mcit.data_prep.files import read_json, write_json
 from mcit.data_prep.prepare import read_task
 from mcit.data_prep.schema import PreparedTask
 
+from .config import JudgeConfig
 from .constraints import why_unconstrained
 from .forgetting import Forgetting, forgetting_metrics, split_forgetting
 from .general import General, general_ability, general_metrics
 from .intervals import Bounds, metric_intervals
+from .judge.cells import judged_cells
 from .metrics import continual_metrics
+from .reasoning import Reasoning, reasoning_results
 from .scoring import Verdict
 from .serving import read_serving
 from .stability import Curves, StageCurves, curves_metrics, join_curves, read_curves
@@ -39,7 +42,9 @@ class StageInfo(TypedDict):
     """A row of the matrix. Stage 0 is the untouched base."""
 
     k: int
-    name: str  # "base", or the names of its tasks joined by "+": the folder is stages/<kk>-<name>
+    # "base" ("start", if the run goes on from another: then, too, the folder is stages/00-base), or the names of its
+    # tasks joined by "+": the folder is stages/<kk>-<name>
+    name: str
     tasks: list[str]
 
 
@@ -78,6 +83,18 @@ class Hashes(TypedDict):
     policies: list[str | None]  # stage → what was served; None where the stage has not been trained
 
 
+class StageCost(TypedDict):
+    """What the training of a stage took, over all its processes and attempts."""
+
+    steps: int  # of the optimizer
+    samples: int  # that it learned from, each as often as it did; of RFT completions
+    tokens: int  # of those, images included; of RFT prompts and completions
+    process_hours: float
+    gpu_hours: float  # 0 without a GPU
+    peak_host_bytes: int  # resident, of the process that took most
+    peak_gpu_bytes: int | None  # allocated, of the process that took most
+
+
 class Seconds(TypedDict):
     """Wall-clock time of the steps that are done."""
 
@@ -100,6 +117,7 @@ class Results(TypedDict):
     row0: bool  # always True: the first row is the base
     stderr: list[list[float | None]]  # of each mean, clustered by image
     n: list[list[int | None]]  # answers behind each mean
+    engines: NotRequired[list[list[str | None]]]  # who answered: some policies only transformers serves
     verdicts: list[list[dict[Verdict, float] | None]]  # shares, summing to 1
     content: NotRequired[list[list[float | None]]]  # mean score of what the answers say, whatever their form
     metrics: dict[str, float | None]  # see mcit.eval.metrics and, where measured, mcit.eval.stability and the like
@@ -108,11 +126,13 @@ class Results(TypedDict):
     forgetting: NotRequired[Forgetting]  # since each task was learned, split in superficial and essential
     images: NotRequired[Images]
     general: NotRequired[General]
+    reasoning: NotRequired[Reasoning]  # of tasks with chains of thought, where they were judged
     curves: NotRequired[Curves]  # of the stages up to the first in which nothing was asked while it trained
     served: NotRequired[list[Served]]  # stage → how
     hashes: Hashes
     versions: dict[str, str]  # Python, and the installed packages that decide the numbers
     seconds: Seconds
+    cost: NotRequired[list[StageCost | None]]  # stage → its training; None for the base and for stages not done
 
 
 def assemble_results(
@@ -124,11 +144,12 @@ def assemble_results(
     stages: Sequence[StageInfo],
     learned: Mapping[str, int],
     general: Sequence[str] = (),
+    judge: JudgeConfig | str | None = None,
     recipe_hash: str | None = None,
 ) -> Results:
     """Gather a run's results from its markers. `stages` are the stages 1…K; `learned` orders the columns.
 
-    `general` names the tasks beside the stream.
+    `general` names the tasks beside the stream, `judge` is the recipe's: scores that another one gave do not count.
 
     A cell counts only if it was scored on the policy and the test set that the run has now; what is left over from an
     earlier recipe is None. Works at any moment after preparation, whatever is done yet. Raises `InputError` for a task
@@ -137,6 +158,8 @@ def assemble_results(
     run_dir = Path(run_dir)
     rows: list[StageInfo] = [{"k": 0, "name": "base", "tasks": []}, *stages]
     folders = [run_dir / "stages" / f"{stage['k']:02d}-{stage['name']}" for stage in rows]
+    if (folders[0] / "serving.json").exists():
+        rows[0]["name"] = read_serving(folders[0]).name  # "start", where the run goes on from another
     policies = [read_serving(folder).hash if (folder / "serving.json").exists() else None for folder in folders]
     tasks = {task: read_task(run_dir / "data" / task) for task in (*learned, *general)}
 
@@ -169,6 +192,7 @@ def assemble_results(
         "row0": True,
         "stderr": table("stderr"),
         "n": table("n"),
+        "engines": [[marker.get("engine") if marker else None for marker in row] for row in cells],
         "verdicts": table("verdicts"),
         "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
         "served": [_served([*row, *others]) for row, others in zip(cells, columns, strict=True)],
@@ -201,6 +225,18 @@ def assemble_results(
         if "images" in results:
             results["general"]["images"] = _tables(columns, "images", Images.__annotations__)
         results["metrics"] |= general_metrics(results["general"])
+    if any(costs := [(marker or {}).get("trained", {}).get("cost") for marker in trained]):
+        results["cost"] = costs
+    if judge is not None:
+        here = [(k, task) for k, row in enumerate(cells) for task, marker in zip(learned, row, strict=True) if marker]
+        judged = {(c.stage, c.task["name"]): c for c in judged_cells(run_dir, here, judge) if c.is_done()}
+        markers = [
+            [read_json(judged[k, task].marker) if (k, task) in judged else None for task in learned]
+            for k in range(len(rows))
+        ]
+        if found := reasoning_results(run_dir, list(learned), learned, markers):
+            results["reasoning"] = found[0]
+            results["metrics"] |= found[1]
     if curves := _curves(folders[1:], {task: info["test_hash"] for task, info in tasks.items()}):
         results["curves"] = curves
         results["metrics"] |= curves_metrics(curves, learned, len(stages))

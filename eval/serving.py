@@ -14,20 +14,23 @@ class Serving(Config):
     """How to serve one stage's policy.
 
     `base`: the untouched base model as given in the recipe (a folder or a Hub id) and its `revision` and `dtype`.
-    `kind`: `base` (row 0), `adapter` (a LoRA in `path`, on the untouched base) or `merged` (a whole model in `path`).
-    `path` is relative to the folder of `serving.json`. `hash` is the SHA-256 of what is served (adapter or model files,
-    or the base's own hash): predictions are keyed by it, and the adapter's name in vLLM comes from it.
+    `kind`: `base` (row 0), `adapter` (a LoRA in `path`, on the untouched base), `extended` (modules of a method's own
+    in `path`, on the untouched base: transformers alone serves them) or `merged` (a whole model in `path`).
+    `path` is relative to the folder of `serving.json`, as is `carried`: the adapter that the next stage goes on from,
+    where a method has something else evaluated (a merge, an average). `hash` is the SHA-256 of what is served (adapter
+    or model files, or the base's own hash): predictions are keyed by it, and the adapter's name in vLLM comes from it.
     """
 
     stage: int = Field(ge=0)
-    name: str  # "base", or the stage's task names joined by "+"
-    kind: Literal["base", "adapter", "merged"]
+    name: str  # "base", "start" (what a run goes on from, in the base's place), or the stage's task names joined by "+"
+    kind: Literal["base", "adapter", "extended", "merged"]
     base: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     processor: dict[str, Any] = Field(default_factory=dict)  # e.g. min_pixels, max_pixels
     trust_remote_code: bool = False
     path: str | None = None
+    carried: str | None = None
     rank: int | None = None
     base_hash: str
     hash: str

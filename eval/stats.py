@@ -50,10 +50,8 @@ def image_clusters(images: Iterable[Hashable | None]) -> list[Hashable]:
     return [("row", number) if image is None else ("image", image) for number, image in enumerate(images)]
 
 
-def resampled_means(
-    values: np.ndarray, clusters: Sequence[Hashable], seed: int = 0, resamples: int = RESAMPLES
-) -> np.ndarray:
-    """Column means of `values` [rows, columns] in each of `resamples` resamples: [resamples, columns].
+def resampled_means(values: np.ndarray, clusters: Sequence[Hashable], seed: int = 0) -> np.ndarray:
+    """Column means of `values` [rows, columns] in each of `RESAMPLES` resamples: [resamples, columns].
 
     The clusters are drawn anew with replacement, their rows with them, every column alike (cluster bootstrap: Efron &
     Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 8). What is drawn independently takes another
@@ -62,12 +60,12 @@ def resampled_means(
     places = {cluster: place for place, cluster in enumerate(dict.fromkeys(clusters))}
     count = len(places)
     if count < 2:
-        return np.full((resamples, values.shape[1]), np.nan)
+        return np.full((RESAMPLES, values.shape[1]), np.nan)
     sums = np.zeros((count, values.shape[1] + 1))  # of the cluster's rows, and their number
     np.add.at(sums, [places[cluster] for cluster in clusters], np.column_stack([values, np.ones(len(values))]))
     generator, means, batch = np.random.default_rng(seed), [], max(1, _AT_ONCE // count)
-    for start in range(0, resamples, batch):
-        times = generator.multinomial(count, [1 / count] * count, size=min(batch, resamples - start))
+    for start in range(0, RESAMPLES, batch):
+        times = generator.multinomial(count, [1 / count] * count, size=min(batch, RESAMPLES - start))
         totals = times @ sums
         means.append(totals[:, :-1] / totals[:, -1:])
     return np.concatenate(means)

@@ -36,6 +36,23 @@ class Factors(NamedTuple):
         return self.scaling * self.b @ self.a
 
 
+class Dense(NamedTuple):
+    """A change of one linear layer's weight that is no product of thin factors."""
+
+    change: Tensor  # [out, in], float32
+
+    def delta(self) -> Tensor:
+        """As that of `Factors`."""
+        return self.change
+
+    def factors(self) -> Factors:
+        """The change itself and an identity: of rank min(out, in)."""
+        rows, columns = self.change.shape
+        if rows <= columns:
+            return Factors(self.change, torch.eye(rows), 1.0)
+        return Factors(torch.eye(columns), self.change, 1.0)
+
+
 Adapter = dict[str, Factors]  # by module name of the base model
 
 
@@ -66,9 +83,14 @@ def rank(adapter: Adapter) -> int:
     return max((factors.a.shape[0] for factors in adapter.values()), default=0)
 
 
+def scaled(adapter: Adapter, factor: float) -> Adapter:
+    """The adapter that adds `factor` times what `adapter` does."""
+    return {name: Factors(a, factor * b, scaling) for name, (a, b, scaling) in adapter.items()}
+
+
 def negate(adapter: Adapter) -> Adapter:
     """The adapter that undoes `adapter`."""
-    return {name: Factors(a, -b, scaling) for name, (a, b, scaling) in adapter.items()}
+    return scaled(adapter, -1)
 
 
 def concat(adapters: Sequence[Adapter]) -> Adapter:

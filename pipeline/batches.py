@@ -49,13 +49,14 @@ class Drawn(NamedTuple):
 
     indices: range
     per_batch: int
+    rested: bool = False  # always in the same order, so that each is seen again after the same number of batches
 
     def of(self, number: int, seed: int) -> list[int]:
         """Those of global batch `number`, counted from 0 over all epochs: permutations one after the other, cut."""
         places = range(number * self.per_batch, (number + 1) * self.per_batch)
         turns = {place // len(self.indices): list(self.indices) for place in places}
         for turn, order in turns.items():
-            random.Random(f"{seed} {self.indices.start} {turn}").shuffle(order)
+            random.Random(f"{seed} {self.indices.start} {0 if self.rested else turn}").shuffle(order)
         return [turns[place // len(self.indices)][place % len(self.indices)] for place in places]
 
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,18 @@ from typing import IO
 
 from mcit.data_prep.errors import InputError
 
-from .preemption import deaf_children
+from .preemption import EXIT_CODE, PATIENCE, SIGNALS, Preempted, deaf_children
+from .redaction import redact
 
 # Reads the child's process group, then waits for a second line that says the child has ended. If this process dies
 # first, by whatever signal, the pipe closes instead: the group is asked to stop, and killed if it does not.
-_WATCHDOG = 'read group; read ended || { kill -s TERM -- "-$group"; sleep 30; kill -s KILL -- "-$group"; }'
-_EXIT_2 = re.compile(r"exit status 2\b|exitcode\s*: 2\b")  # what accelerate and torch say of a process that exits 2
+_WATCHDOG = f"""
+read group; read ended && exit
+kill -s TERM -- "-$group"
+for second in $(seq {PATIENCE}); do sleep 1; kill -s $0 -- "-$group" || exit; done
+kill -s KILL -- "-$group"
+"""
+_EXIT = re.compile(r"exit status (\d+)|exitcode\s*: (\d+)")  # what accelerate and torch say of a process that fails
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
@@ -27,17 +34,24 @@ class ChildFailed(Exception):
 
 
 def run_child(
-    command: Sequence[str], log: Path, env: Mapping[str, str], show: Callable[[str], None], *keep_open: int
+    command: Sequence[str],
+    log: Path,
+    env: Mapping[str, str],
+    show: Callable[[str], None],
+    *keep_open: int,
+    launcher: bool = False,
 ) -> None:
     """Run `command` with its output in `log`, calling `show` with each line it prints (progress bars included).
 
     The child inherits the file descriptors `keep_open`, the step's locks, so that the step stays locked until the child
-    too is gone. Raises `InputError` with the child's own line if it refused its input, otherwise `ChildFailed`.
+    too is gone. A `launcher` does not hear what asks processes to stop, at which it would end or kill those that it
+    started; they hear it, and it ends with them. Raises `InputError` with the child's own line if it refused its input,
+    `Preempted` if it says that it was asked to stop, otherwise `ChildFailed`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=100)
     refused = None
-    with open(log, "wb") as file, _watched(command, env, file, keep_open) as child:
+    with open(log, "wb") as file, _watched(command, env, file, keep_open, launcher) as child:
         assert child.stdout is not None
         for line in _lines(child.stdout, file):
             last.append(line)
@@ -45,24 +59,36 @@ def run_child(
             show(line.strip())
         code = child.wait()
     if code:
-        if refused and (code == 2 or any(map(_EXIT_2.search, last))):
+        codes = {code, *(int(found[1] or found[2]) for found in map(_EXIT.search, last) if found)}
+        if refused and 2 in codes:
             raise InputError(refused)
+        if EXIT_CODE in codes:
+            raise Preempted(next((line for line in reversed(last) if line.startswith("stopped ")), "stopped"))
         raise ChildFailed("\n".join([*_without_launcher(list(last))[-15:], f"exit code {code}; the whole log: {log}"]))
 
 
 @contextlib.contextmanager
 def _watched(
-    command: Sequence[str], env: Mapping[str, str], log: IO[bytes], keep_open: Sequence[int]
+    command: Sequence[str],
+    env: Mapping[str, str],
+    log: IO[bytes],
+    keep_open: Sequence[int],
+    launcher: bool,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The child in a process group of its own, stopped when the block is left by an error or this process dies."""
-    with deaf_children():
+    """The child in a process group of its own, stopped when the block is left by an error or this process dies.
+
+    What a launcher that died has left of its group does not outlive the block either. A launcher's group is asked again
+    and again: what it has not started yet would not hear it.
+    """
+    with deaf_children(*SIGNALS):
         watchdog = subprocess.Popen(
-            ["sh", "-c", _WATCHDOG],
+            ["sh", "-c", _WATCHDOG, "TERM" if launcher else "0"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+    with deaf_children(*(SIGNALS if launcher else (signal.SIGUSR1,))):
         child = subprocess.Popen(
             command,
             env=env,
@@ -78,26 +104,47 @@ def _watched(
     try:
         yield child
     finally:
-        if child.poll() is None:
-            _stop(child, log)
+        if child.poll() is None or _lives(child.pid):
+            _stop(child, log, again=launcher)
         with contextlib.suppress(BrokenPipeError):
             watchdog.stdin.write(b"ended\n")
             watchdog.stdin.close()
         watchdog.wait()
 
 
-def _stop(child: subprocess.Popen[bytes], log: IO[bytes]) -> None:
-    """Ask the child's group to stop, and kill it if it does not within 30 seconds. What it still says is logged."""
+def _stop(child: subprocess.Popen[bytes], log: IO[bytes], again: bool) -> None:
+    """Ask the child's group to stop, once or `again` and again, and kill it if that takes more than `PATIENCE`.
+
+    What it still says is logged.
+    """
     assert child.stdout is not None
     rest = threading.Thread(target=deque, args=(_lines(child.stdout, log), 0), daemon=True)
     rest.start()
-    for sign, patience in ((signal.SIGTERM, 30.0), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, sign)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(patience)
-            rest.join(1.0)  # a grandchild may keep the pipe open
-            return
+    start, asked = time.monotonic(), -1.0
+    while child.poll() is None or _lives(child.pid):
+        passed = time.monotonic() - start
+        if passed - asked >= 1 and (again or asked < 0 or passed > PATIENCE):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM if passed < PATIENCE else signal.SIGKILL)
+            asked = passed
+        time.sleep(0.05)
+    rest.join(1.0)
+
+
+def _lives(group: int) -> bool:
+    """Whether a process group has a process that still runs, not one that only waits for its parent to notice."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return any(_runs_in(group, path) for path in Path("/proc").glob("[0-9]*/stat"))
+
+
+def _runs_in(group: int, stat: Path) -> bool:
+    with contextlib.suppress(OSError):
+        state, _, of, *_ = stat.read_text().rpartition(")")[2].split()
+        return int(of) == group and state not in "ZX"
+    return False
 
 
 def _without_launcher(lines: list[str]) -> list[str]:
@@ -108,12 +155,24 @@ def _without_launcher(lines: list[str]) -> list[str]:
 
 
 def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
-    """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`."""
+    """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`.
+
+    Secrets go nowhere.
+    """
     rest = b""
     while chunk := os.read(stream.fileno(), 65536):
-        log.write(chunk)
+        whole = rest + chunk
+        end = max(whole.rfind(b"\n"), whole.rfind(b"\r")) + 1
+        rest = whole[end:]
+        yield from _logged(whole[:end], log)
+    yield from _logged(rest, log)
+
+
+def _logged(data: bytes, log: IO[bytes]) -> Iterator[str]:
+    """Write whole lines to `log`, and give them."""
+    text = data.decode(errors="surrogateescape")
+    if clean := redact(text):
+        log.write(clean.encode(errors="surrogateescape"))
         log.flush()
-        *lines, rest = _LINE_END.split(rest + chunk)
-        yield from (line.decode(errors="replace").rstrip() for line in lines if line.strip())
-    if rest.strip():
-        yield rest.decode(errors="replace").rstrip()
+    lines = _LINE_END.split(clean.encode(errors="surrogateescape"))
+    yield from (line.decode(errors="replace").rstrip() for line in lines if line.strip())

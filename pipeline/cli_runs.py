@@ -60,7 +60,7 @@ def prepare(
     from .terminal import Terminal
 
     terminal = Terminal()
-    current = _start(recipe, overrides, with_method, run_dir, "single", None, terminal)
+    current = start(recipe, overrides, with_method, run_dir, "single", None, terminal)
     perform_steps(current, current.preparation(), terminal)
 
 
@@ -82,7 +82,7 @@ def train(
     from .terminal import Terminal
 
     terminal = Terminal()
-    train_stage(_start(recipe, overrides, with_method, run_dir, launch, gpus, terminal, nodes), stage, terminal)
+    train_stage(start(recipe, overrides, with_method, run_dir, launch, gpus, terminal, nodes), stage, terminal)
 
 
 def evaluate(
@@ -99,11 +99,13 @@ def evaluate(
     from .terminal import Terminal
 
     terminal = Terminal()
-    current = _start(recipe, overrides, None, run_dir, "single", None, terminal)
+    current = start(recipe, overrides, None, run_dir, "single", None, terminal)
     if stage is not None:
         evaluate_stage(current, stage, terminal)
         return
-    perform_steps(current, [current.evaluate(partly=True), current.results(), current.report()], terminal)
+    perform_steps(
+        current, [current.evaluate(partly=True), *current.judging(partly=True), *current.reporting()], terminal
+    )
     show_results(current, terminal)
 
 
@@ -249,7 +251,7 @@ def _found(
     return loaded, directory, Launch.named(launch, gpus, nodes)
 
 
-def _start(
+def start(
     recipe: str,
     overrides: list[str] | None,
     with_method: list[str] | None,
@@ -259,7 +261,7 @@ def _start(
     terminal: Any,
     nodes: int = 1,
 ) -> Any:
-    """The run that the arguments mean, for commands that do one step of it."""
+    """The run that the arguments mean, for commands that do one step of it. Raises `InputError` for a sweep."""
     from .orders import members
     from .run import start_run
 

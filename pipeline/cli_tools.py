@@ -22,9 +22,11 @@ def methods(as_json: AsJson = False) -> None:
             "paper": method.paper,
             "category": method.category,
             "keeps": method.keeps,
+            "cost": method.cost,
             "lineages": list(method.lineages),
             "paradigms": list(method.paradigms),
             "distributed": list(method.distributed),
+            "conflicts": list(method.conflicts),
             "settings": method.Config().model_dump(),
         }
         for name, method in METHODS.items()
@@ -36,12 +38,14 @@ def methods(as_json: AsJson = False) -> None:
     terminal = Terminal()
     for row in rows:
         if "expands_to" in row:
-            terminal.say(f"{row['name']:10}= {' + '.join(row['expands_to'])}")
+            terminal.say(f"{row['name']:12}= {' + '.join(row['expands_to'])}")
         else:
-            terminal.say(f"{row['name']:10}{row['category']}, keeps {row['keeps']}; {row['paper']}")
+            terminal.say(f"{row['name']:12}{row['category']}, keeps {row['keeps']}; {row['paper']}")
             terminal.say(
-                f"{'':10}lineage {', '.join(row['lineages'])}; {', '.join(row['paradigms'])}; {row['settings']}"
+                f"{'':12}lineage {', '.join(row['lineages'])}; {', '.join(row['paradigms'])}; {row['settings']}"
             )
+            alone = f"; not with {', '.join(row['conflicts'])}" if row["conflicts"] else ""
+            terminal.say(f"{'':12}costs {row['cost']}{alone}")
 
 
 def doctor(as_json: AsJson = False) -> None:

@@ -156,6 +156,12 @@ def _gpus() -> list[str]:
     return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
+def gpu_gib() -> float | None:
+    """Memory of the smallest GPU here, GiB; None without one."""
+    sizes = [float(gpu.rpartition(",")[2].split()[0]) / 1024 for gpu in _gpus()]
+    return min(sizes, default=None)
+
+
 def _git() -> dict[str, Any] | None:
     """Commit of the checkout that this code runs from, and whether it was changed since; None outside of one."""
     git = ["git", "-C", str(Path(__file__).parent)]

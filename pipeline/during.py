@@ -93,6 +93,16 @@ class During(TrainerCallback):
         if self.steps[-1] != state.global_step:
             self._ask(state.global_step)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been asked so far."""
+        return {"steps": self.steps, "tasks": self.tasks, "seconds": self.seconds}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what had been asked before."""
+        self.steps, self.tasks, self.seconds = state["steps"], state["tasks"], state["seconds"]
+        while self.next <= self.steps[-1]:
+            self.next = next(self.due)
+
     def write(self, folder: Path) -> None:
         """Write `during.json`."""
         schedule = self.config.model_dump()

@@ -13,6 +13,8 @@ from typing import IO, TypedDict
 
 from mcit.data_prep.errors import InputError
 
+from .preemption import PATIENCE
+
 
 class Owner(TypedDict):
     """Who holds, or last held, a lock."""
@@ -31,7 +33,7 @@ def locked(path: Path, what: str) -> Iterator[int]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+", encoding="utf-8") as file:
-        patient, orphaned = time.monotonic() + 0.5, time.monotonic() + 60
+        patient, orphaned = time.monotonic() + 0.5, time.monotonic() + PATIENCE + 30
         while not _try(file, fcntl.LOCK_EX):
             owner = _owner(file)
             if time.monotonic() > (orphaned if owner and _is_gone(owner) else patient):

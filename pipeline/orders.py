@@ -86,6 +86,8 @@ def members(recipe: "Recipe") -> Iterator[Member]:
         for seed in recipe.sweep.seed or [recipe.seed]:
             name = f"seed-{seed}" if order is None else f"{order}-seed-{seed}"
             values = recipe.model_dump() | {"seed": seed, "sweep": None, "name": f"{recipe.name}-{name}"}
+            if recipe.publish is not None:
+                values["publish"]["repo_id"] += f"-{name}"
             if names is not None:
                 _check(set(_flat(names)), known, f"sweep.order.{order}")
                 values["stream"] = inherited(names, values["stream"])

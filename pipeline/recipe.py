@@ -2,13 +2,15 @@
 
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open
@@ -17,13 +19,20 @@ from mcit.eval.config import EvalConfig
 from mcit.pipeline.layers import Layers, nearest, read_layers
 from mcit.pipeline.orders import SweepConfig, members, resolve_orders
 from mcit.pipeline.probes import resolve_general
+from mcit.pipeline.publishing.config import PublishConfig
+from mcit.pipeline.quantization import check_quantization
 from mcit.pipeline.recipe_yaml import to_yaml
+from mcit.pipeline.redaction import shaped_secrets
 from mcit.pipeline.refusals import refusal
+from mcit.pipeline.reinforcement.config import HARDWARE, RftSection
 from mcit.pipeline.schedule import RecurConfig
 
-Lineage = Literal["continue", "stack", "fold", "independent"]
+Lineage = Literal["continue", "stack", "fold", "independent", "full"]
 Reference = Literal["base", "previous", "none"]
-Paradigm = Literal["sft", "rft"]
+Paradigm = Literal["sft", "rft", "sft+rft"]
+Phase = Literal["sft", "rft"]
+# Of `train:`, what changes how long a training takes and not what comes of it.
+WITHOUT_EFFECT = {"checkpoint_every"}
 
 
 class ModelConfig(Config):
@@ -32,16 +41,17 @@ class ModelConfig(Config):
     path: str
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"  # of the frozen base while it is trained on; it is served in `dtype`
     processor: dict[str, Any] = Field(default_factory=dict)  # e.g. {min_pixels: …, max_pixels: …}
     trust_remote_code: bool = False
 
 
 class ModulesConfig(Config):
-    """What is trained: LoRA on the language model's linear layers; projector and vision tower frozen, or with LoRA."""
+    """What is trained: LoRA on linear layers, or under lineage `full` the weights themselves, embeddings included."""
 
-    language: Literal["lora"] = "lora"
-    projector: Literal["frozen", "lora"] = "frozen"
-    vision: Literal["frozen", "lora"] = "frozen"
+    language: Literal["lora", "full"] = "lora"
+    projector: Literal["frozen", "lora", "full"] = "frozen"
+    vision: Literal["frozen", "lora", "full"] = "frozen"
 
 
 class LoraSection(Config):
@@ -58,13 +68,6 @@ class SftSection(Config):
     args: dict[str, Any] = Field(default_factory=dict)
 
 
-class RftSection(Config):
-    """`train.rft:`. `args` go to `trl.GRPOConfig`; `rewards` weighs the scorer's accuracy and the format."""
-
-    args: dict[str, Any] = Field(default_factory=dict)
-    rewards: dict[Literal["accuracy", "format"], float] = Field(default={"accuracy": 0.9, "format": 0.1})
-
-
 class TrainConfig(Config):
     """`train:`. A task's `overrides` lay over it in the stages that train the task."""
 
@@ -77,8 +80,42 @@ class TrainConfig(Config):
     max_length: int | None = Field(
         default=None, gt=0
     )  # tokens of a sample, images included; default: the model's context
+    # Optimizer steps, or `90s`, `10m`, `2h`, or `never`, between checkpoints inside a stage. Changes no result.
+    checkpoint_every: int | str = "10m"
     sft: SftSection = Field(default_factory=SftSection)
     rft: RftSection = Field(default_factory=RftSection)
+
+    @field_validator("checkpoint_every", mode="before")
+    @classmethod
+    def _steps_or_time(cls, value: Any) -> Any:
+        steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if steps or (isinstance(value, str) and re.fullmatch(r"never|[1-9]\d*[smh]", value)):
+            return value
+        raise PydanticCustomError(
+            "checkpoint_every", "is neither a number of steps nor a time (90s, 10m, 2h) nor `never`"
+        )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """What a stage does one after the other."""
+        phases: dict[Paradigm, tuple[Phase, ...]] = {"sft": ("sft",), "rft": ("rft",), "sft+rft": ("sft", "rft")}
+        return phases[self.paradigm]
+
+    def identity(self) -> dict[str, Any]:
+        """What a stage depends on: neither the other paradigm's section nor where rollouts are made."""
+        section = self.model_dump(exclude={"sft", "rft"}.difference(self.phases) | WITHOUT_EFFECT)
+        if "rft" in section:
+            rollout = section["rft"]["rollout"]
+            section["rft"]["rollout"] = {key: rollout[key] for key in rollout if key not in HARDWARE}
+        return section
+
+    def args(self, phase: Phase) -> dict[str, Any]:
+        """TRL's arguments of a phase."""
+        return self.sft.args if phase == "sft" else self.rft.args
+
+    def batch_size(self, phase: Phase) -> int:
+        """The global batch of a phase: samples, or completions."""
+        return (self.rft.global_batch_size if phase == "rft" else None) or self.global_batch_size
 
 
 def _kind_of_entry(entry: Any) -> str:
@@ -105,11 +142,17 @@ class Stage:
     tasks: list[str]
     train: TrainConfig
     visitors: tuple[str, ...] = ()  # other tasks of which some samples are trained here (`blur`)
+    seed: int = 0  # the recipe's
 
     @property
     def folder(self) -> str:
         """The stage's folder below `RUN/stages/`."""
         return f"{self.k:02d}-{self.name}"
+
+    @property
+    def half_folder(self) -> str:
+        """Beside it, what the first of two phases leaves for the second, which removes it."""
+        return f".{self.folder}.{self.train.phases[0]}"
 
 
 class Recipe(Config):
@@ -131,6 +174,8 @@ class Recipe(Config):
     method: dict[str, dict[str, Any]] = Field(default_factory=dict)  # empty: sequential tuning
     train: TrainConfig = Field(default_factory=TrainConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    start_from: str | None = None  # a run, a stage's folder, or hub:owner/name@revision: row 0 in the base's place
+    publish: PublishConfig | None = None  # the last step: on the Hub
     sweep: SweepConfig | None = None  # run several times, under other seeds and orders of the tasks
     folder: str = "."  # set on loading: where the recipe's own modules (`module:function`) are looked for
 
@@ -198,7 +243,9 @@ class Recipe(Config):
                 train.set(keys, value, section)
         try:
             visitors = tuple(task.name for task in self.tasks if task.name not in names) if self.blur else ()
-            return Stage(k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True), visitors)
+            return Stage(
+                k, "+".join(names), names, TrainConfig.model_validate(train.values, strict=True), visitors, self.seed
+            )
         except ValidationError as error:
             raise refusal(error, TrainConfig, train) from None
 
@@ -217,6 +264,7 @@ def load_recipe(
     Raises `InputError` with the file and the dotted key of the first thing that is wrong.
     """
     layers = read_layers(name, overrides, with_methods)
+    _check_secrets(layers)
     resolve_orders(layers)
     resolve_general(layers)
     try:
@@ -240,12 +288,14 @@ def load_recipe(
 
 def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
     """Check and write out the methods, in place; anchor samples that none of them asks for are left out."""
-    keeps = set[str]()
+    keeps, carriers, stages = set[str](), set[str](), list(stages)
     if recipe.method:
         from mcit.pipeline.methods import build_methods, expand  # needs torch, sequential tuning does not
 
         recipe.method = expand(recipe.method)
-        keeps = {method.keeps for stage in stages for method in build_methods(recipe.method, stage.train)}
+        methods = [method for stage in stages for method in build_methods(recipe.method, stage.train)]
+        keeps, carriers = {m.keeps for m in methods}, {m.name for m in methods if m.carries}
+    check_quantization(recipe, {stage.train.lineage for stage in stages}, carriers)
     if "general data" not in keeps:
         recipe.anchors = []
     elif not recipe.anchors:
@@ -255,6 +305,16 @@ def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
             field="anchors",
             remedy="List data sets as in a stream: anchors: [{name: general, train: general.jsonl, images: pictures/}]",
         )
+
+
+def _check_secrets(layers: Layers) -> None:
+    """A recipe is copied into runs and logs. Raises `InputError`, without the secret, for one that holds any."""
+    for keys, value in _leaves(layers.values):
+        for what, _ in shaped_secrets(str(value)):
+            remedy = (
+                "Secrets come from the environment (HF_TOKEN, …) or from `hf auth login`. If it was shared, revoke it"
+            )
+            raise InputError(f"holds {what}", where=layers.origin(keys), field=".".join(keys), remedy=remedy)
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from .batches import Drawn, with_images
 
 
 class Replay(NamedTuple):
-    """What a method wants to see: `per_batch` of its `samples` in every global batch."""
+    """What a method wants to see: `per_batch` of its `samples` in every global batch (0: it asks for them itself)."""
 
     samples: Sequence[Sample]
     per_batch: int
+    rested: bool = False  # each comes again after the same number of batches
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Replays:
         for name, replay in wanted.items():
             start = len(self.samples)
             self.samples += replay.samples
-            self.drawn[name] = Drawn(range(start, len(self.samples)), replay.per_batch)
+            self.drawn[name] = Drawn(range(start, len(self.samples)), replay.per_batch, replay.rested)
         self.has_images = with_images(self.samples)
 
     @property

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json
@@ -10,19 +10,25 @@ from mcit.data_prep.hub import is_pinned, pin, same_dataset
 from mcit.data_prep.places import PATHS
 from mcit.data_prep.prepare import read_task
 from mcit.data_prep.readers import is_function, source_files
+from mcit.eval.config import JudgeConfig
 from mcit.eval.hashing import hub_commit
+from mcit.eval.judge.judges import judge_identity
 from mcit.eval.report.words import old_task_verdicts
 from mcit.eval.results import read_results
 
-from .arguments import split_batch
+from .arguments import check_mode, split_batch
 from .doctor import environment
-from .layers import read_layer
-from .recipe import ModelConfig, Recipe, dump_recipe, write_recipe
+from .layers import nearest, read_layer
+from .recipe import ModelConfig, Recipe, Stage, dump_recipe, write_recipe
+from .start import pin_start
 from .status import write_status
 from .step import Launch, Step
 from .steps import Run
 from .tasks import tasks_of
 from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from .methods import Method
 
 
 def start_run(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Terminal) -> Run:
@@ -53,8 +59,13 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
         raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
     _check_files(recipe)
     _check_batches(recipe, launch)
+    for stage in recipe.stages:
+        check_mode(recipe, stage, _methods(recipe, stage), launch.mode)
+    _check_judge(recipe)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
+    if recipe.start_from is not None:
+        recipe.start_from = pin_start(recipe.start_from, (before or {}).get("start_from"))
     return before
 
 
@@ -102,6 +113,17 @@ def evaluate_stage(run: Run, k: int, terminal: Terminal) -> None:
     perform_steps(run, [step], terminal)
 
 
+def judge_run(run: Run, terminal: Terminal) -> None:
+    """Score the reasoning in what has been answered so far. Raises `InputError` without a judge, or answers."""
+    if run.recipe.eval.judge is None:
+        remedy = "Name one: eval.judge=module:function, or eval.judge.endpoint=http://… eval.judge.model=NAME"
+        raise InputError("names no judge", where=run.recipe.name, field="eval.judge", remedy=remedy)
+    steps = [run.judge(partly=True), *run.reporting()]
+    if steps[0].inputs() is None:
+        raise InputError("has no answers to judge yet", where=run.dir, remedy=f"First: `mcit eval {run.dir}`")
+    perform_steps(run, steps, terminal)
+
+
 def show_results(run: Run, terminal: Terminal) -> None:
     """The readable matrix, the metrics, what the wrong answers on old tasks are, and where the page is."""
     results = read_results(run.dir)
@@ -131,10 +153,34 @@ def _check_files(recipe: Recipe) -> None:
 def _check_batches(recipe: Recipe, launch: Launch) -> None:
     """Refuse a global batch that does not divide by this launch's processes, whichever stage has it."""
     for stage in recipe.stages:
-        args = (stage.train.sft if stage.train.paradigm == "sft" else stage.train.rft).args
-        per_device = args.get("per_device_train_batch_size")
-        if per_device or launch.processes > 1:
-            split_batch(stage.train.global_batch_size, launch.processes, per_device)
+        for phase in stage.train.phases:
+            per_device = stage.train.args(phase).get("per_device_train_batch_size")
+            if per_device or launch.processes > 1:
+                split_batch(stage.train.batch_size(phase), launch.processes, per_device)
+
+
+def _methods(recipe: Recipe, stage: Stage) -> list["Method"]:
+    if not recipe.method:
+        return []
+    from .methods import build_methods  # here: needs torch
+
+    return build_methods(recipe.method, stage.train)
+
+
+def _check_judge(recipe: Recipe) -> None:
+    """Refuse a program that cannot be imported, and rubrics of tasks that the stream does not have."""
+    judge = recipe.eval.judge
+    if judge is None:
+        return
+    try:
+        judge_identity(judge)
+    except InputError as error:
+        raise InputError(str(error), where=recipe.name, field="eval.judge") from None
+    names = [task.name for task in recipe.tasks]
+    for name in judge.rubrics if isinstance(judge, JudgeConfig) else ():
+        if name not in names:
+            field = f"eval.judge.rubrics.{name}"
+            raise InputError("no task is called so", where=recipe.name, field=field, remedy=nearest(name, names))
 
 
 def _pinned(model: ModelConfig, run_dir: Path) -> ModelConfig:
@@ -180,9 +226,14 @@ def _details(step: Step, marker: dict[str, Any]) -> list[str]:
     if step.name.startswith("train/"):
         trained, during = marker["trained"], marker["trained"].get("during")
         asked = f", {during['seconds']:.1f} s of it for {during['evaluations']} evaluations" if during else ""
-        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}"]
+        return [f"{trained['steps']} steps, {trained['samples']} samples, {trained['mode']}{asked}", *trained["notes"]]
     if step.name == "check" and marker["notes"]:
         return ["", *marker["notes"]]
+    if step.name == "publish":
+        return [marker["address"], *marker["notes"]]
+    if step.name == "judge":
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in marker["outcomes"].items() if count)
+        return [f"{marker['cells']} cells: {counts or 'no task asks for reasoning'}"]
     if step.name.startswith("evaluate"):
         return [f"{marker['answered']} cells, {' and '.join(marker['engines'])}", *marker["notes"]]
     return []

@@ -4,13 +4,17 @@ Both change which data a stage trains, never what a task is: `learned`, and with
 """
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.identity import rank
 from mcit.data_prep.schema import Config, Sample
+
+if TYPE_CHECKING:
+    from .recipe import Stage
 
 
 class RecurConfig(Config):
@@ -57,3 +61,15 @@ def trained_in(
         return drawn.choice(others) == k if leaves else k in home
 
     return [sample for sample in samples if trains(sample)]
+
+
+def past_of(
+    stages: Sequence["Stage"], k: int, samples: Iterable[Sample], trained: Callable[["Stage"], Iterable[Sample]]
+) -> dict[int, list[Sample]]:
+    """What stages before `k` trained and `k`, with its `samples`, does not: each by the stage that trained it last."""
+    seen = {(sample["task"], sample["id"]) for sample in samples}
+    past = {}
+    for earlier in reversed(stages[: k - 1]):
+        past[earlier.k] = [sample for sample in trained(earlier) if (sample["task"], sample["id"]) not in seen]
+        seen |= {(sample["task"], sample["id"]) for sample in past[earlier.k]}
+    return {stage: past[stage] for stage in sorted(past) if past[stage]}

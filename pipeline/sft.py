@@ -7,12 +7,13 @@ from typing import Any
 
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from mcit.pipeline.arguments import make_config, processes, split_batch
 from mcit.pipeline.batches import GlobalBatchSampler, MicroBatches
 from mcit.pipeline.collator import IGNORED, Collator
-from mcit.pipeline.stage import Entered, main
+from mcit.pipeline.entering import Entered
+from mcit.pipeline.stage import main
 from mcit.pipeline.trainer import MethodLoss
 
 
@@ -53,12 +54,10 @@ def make_trainer(entered: Entered) -> StageSFTTrainer:
     Replayed samples are in the same micro-batches: rows know nothing of each other, and a forward pass is saved.
     """
     train, replays = entered.stage.train, entered.replays
-    wanted = train.sft.args.get("per_device_train_batch_size")
-    per_device, _ = split_batch(train.global_batch_size, processes(), wanted, replays.per_batch)
+    wanted, size = train.sft.args.get("per_device_train_batch_size"), train.batch_size("sft")
+    per_device, _ = split_batch(size, processes(), wanted, replays.per_batch)
     drawn = list(replays.drawn.values())
-    sampler = GlobalBatchSampler(
-        replays.has_images, train.global_batch_size, per_device, processes(), entered.seed, drawn
-    )
+    sampler = GlobalBatchSampler(replays.has_images, size, per_device, processes(), entered.seed, drawn)
     own = {
         "max_length": None,
         "packing": False,
@@ -69,7 +68,7 @@ def make_trainer(entered: Entered) -> StageSFTTrainer:
     return StageSFTTrainer(
         sampler,
         model=entered.model,
-        args=make_config(SFTConfig, entered, own),
+        args=make_config(entered, own),
         data_collator=Collator(entered.processor, replays.samples, entered.max_length, own=replays.own),
         train_dataset=Dataset.from_dict({"index": list(range(replays.own))}),
         processing_class=entered.processor,

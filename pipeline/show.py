@@ -62,7 +62,7 @@ def read_stage(recipe: Recipe, k: int, n: int) -> list[Shown]:
             paths = [str(image_path(folder, task, image)) for image in sample["images"]]
             placed: Sample = {**sample, "images": paths}
             before = native.get(sample["id"]) if sample in converted else None
-            reward = stage.train.paradigm == "rft" and task["reward"] != "same"
+            reward = "rft" in stage.train.phases and task["reward"] != "same"
             scorer = get_scorer(task["reward"] if reward else task["scorer"])
             gold = score_gold(sample, scorer)
             spans, images = _as_the_model_gets_it(placed, collator, processor)
@@ -99,7 +99,7 @@ def show_stage(recipe: Recipe, k: int, n: int, terminal: Terminal) -> None:
 
 def _processor(base: ModelConfig) -> Any:
     """The base model's processor. Raises `InputError` if it cannot be had."""
-    from .stage import load_processor  # here: it needs torch and transformers
+    from .entering import load_processor  # here: it needs torch and transformers
 
     if not Path(base.path).is_dir():
         hub_commit(base.path, base.revision)

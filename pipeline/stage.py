@@ -1,93 +1,52 @@
-"""One stage: the entering policy, the task's data, a trainer, and a folder that is whole or absent.
+"""One stage: it enters a policy, trains it, and leaves a folder that is whole or absent.
 
-`sft.py` and `rft.py` are the scripts that `accelerate launch` starts; they share everything here but the trainer.
+`sft.py` and `rft.py` are the scripts that `accelerate launch` starts; they share everything here but the trainer. What
+a stage begins with is in `entering.py`, what it leaves in `leaving.py`.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import math
 import os
-import resource
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
-from trl.models import prepare_deepspeed
 
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import write_json, write_jsonl
-from mcit.data_prep.prepare import image_path, read_samples, read_task
-from mcit.data_prep.readers import Part
-from mcit.data_prep.schema import PreparedTask, Sample
-from mcit.eval.hashing import hash_model
-from mcit.eval.serving import Serving, read_serving, write_serving
+from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json, write_jsonl
+from mcit.data_prep.prepare import read_task
+from mcit.eval.serving import write_serving
 
-from .adapters import Adapter, hash_adapter, rank, save_adapter
-from .arguments import check_stage, deepspeed, processes
+from .arguments import check_mode, check_stage, processes
 from .collator import Collator
 from .during import During, choose_probes
-from .lineage import enter, freeze, leave
-from .methods import Method, build_methods
-from .recipe import ModelConfig, Recipe, Stage, load_recipe
-from .replay import Replays
-from .schedule import trained_in
-from .trainer import FiniteLoss, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from .entering import Entered, enter_stage, samples_of
+from .inputs import entering_hashes, stage_inputs
+from .leaving import Save, States, finite, replace_folder, save_state, what_to_save
+from .live import Live, stage_cost
+from .locks import locked
+from .preemption import EXIT_CODE, Preempted, deferred, preemptible
+from .recipe import Phase, Recipe, Stage, load_recipe
+from .resume import Checkpointing, Interval
+from .trackers import set_environment
+from .trainer import LOWER, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from .workplace import Workplace, is_first_process
 from .zero3 import keep_whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-
-@dataclasses.dataclass(frozen=True)
-class Entered:
-    """A stage with everything its trainer is made from."""
-
-    recipe: Recipe
-    stage: Stage
-    seed: int
-    model: Any  # a PeftModel, or what a method that carries the policy has made of the base
-    processor: Any
-    samples: list[Sample]  # image paths absolute
-    replays: Replays  # these, and what methods see beside them
-    tasks: dict[str, PreparedTask]
-    anchors: dict[str, PreparedTask]
-    max_length: int  # tokens
-    before: Serving  # how the stage before is served
-    previous: Path | None  # the entering policy's adapter folder; None for the base
-    output_dir: Path
-    callbacks: list[TrainerCallback]
-
-    @property
-    def enters_base(self) -> bool:
-        """Whether the stage begins with the untouched base: a fresh LoRA changes nothing yet, new experts do."""
-        entered = self.before.kind == "base" or self.stage.train.lineage == "independent"
-        return entered and isinstance(self.model, PeftModel)
-
-    def load_base(self, accelerator: Any) -> Any:
-        """The untouched base once more, on the accelerator's devices, to be looked at."""
-        base = load_model(self.recipe.base_model)
-        return prepare_deepspeed(base, accelerator).module if deepspeed() else base.to(accelerator.device)
-
-
 MakeTrainer = Callable[[Entered], "Trainer"]
-DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
-# Parameters below which threads wait for each other longer than they work: 63 steps of the embedded model take 12 s
-# with one thread and, on two cores, 14 to 27 with two.
-_TINY = 10_000_000
 
 
-def main(paradigm: str, make_trainer: MakeTrainer) -> None:
+def main(phase: Phase, make_trainer: MakeTrainer) -> None:
     """Command line of a stage script. Exits 2 with one line, `error: …`, for bad input."""
-    parser = argparse.ArgumentParser(description=f"Train one stage of a recipe ({paradigm}).")
+    parser = argparse.ArgumentParser(description=f"Train one stage of a recipe ({phase}).")
     parser.add_argument("--recipe", required=True, help="recipe file, packaged name, or run directory")
     parser.add_argument("--stage", required=True, type=int, help="1 is the first task")
     parser.add_argument("--run-dir", type=Path, help="default: runs/<the recipe's name>")
@@ -101,238 +60,175 @@ def main(paradigm: str, make_trainer: MakeTrainer) -> None:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[0]
     try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        here = Path(options.recipe) if Path(options.recipe).is_dir() else Path("runs") / recipe.name
-        run_stage(recipe, options.stage, options.run_dir or here, paradigm, make_trainer)
+        with preemptible():
+            recipe = load_recipe(options.recipe, options.overrides)
+            here = Path(options.recipe) if Path(options.recipe).is_dir() else Path("runs") / recipe.name
+            run_stage(recipe, options.stage, options.run_dir or here, phase, make_trainer)
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
     except InputError as error:
         # Every process says it: the launcher kills the others when the first one ends. A worker of the data loader
         # wraps its own in a traceback.
         print(f"error: {str(error).rpartition('InputError: ')[2]}", file=sys.stderr, flush=True)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        remedy = f"Lower train.{paradigm}.args.per_device_train_batch_size: the global batch stays what it is"
+        remedy = f"Lower train.{phase}.args.per_device_train_batch_size: the global batch stays what it is"
         print(f"error: {str(error).splitlines()[0]} {remedy}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
-def run_stage(recipe: Recipe, k: int, run_dir: Path, paradigm: str, make_trainer: MakeTrainer) -> None:
+def run_stage(recipe: Recipe, k: int, run_dir: Path, phase: Phase, make_trainer: MakeTrainer) -> None:
     """Train stage `k` and write `RUN/stages/<kk>-<name>/`; every process of a launch calls it.
 
     Needs the prepared data in `RUN/data/` and the stage before, as `serving.json` in its folder (stage 0: the base).
-    Raises `InputError`.
+    Of a stage of two phases the first writes `Stage.half_folder`, with which the second begins. Goes on from the last
+    checkpoint, if there is one. Raises `InputError`, and `Preempted` after a checkpoint when the process was asked to
+    stop.
     """
     if not 1 <= k <= len(recipe.stages):
         raise InputError(
             f"the stream has stages 1 to {len(recipe.stages)}, not {k}", where=recipe.name, field="--stage"
         )
-    stage = recipe.stages[k - 1]
+    stage, stages = recipe.stages[k - 1], run_dir / "stages"
+    phases, last = stage.train.phases, phase == stage.train.phases[-1]
+    _check(recipe, stage, phase)
+    before = stages / (recipe.stages[k - 2].folder if k > 1 else "00-base")
+    inputs = stage_inputs(recipe, stage, run_dir, entering_hashes(before))
+    whole = Workplace(stages / stage.folder, hash_json(inputs))
+    first = Workplace(stages / stage.half_folder, hash_json({**inputs, "phase": phases[0]}))
+    work = whole if last else first
+    with contextlib.ExitStack() as stack:
+        if is_first_process():
+            lock = run_dir / "steps" / f"stage-{k}.lock"  # for whoever starts a stage by hand; runs lock the step
+            stack.enter_context(locked(lock, f"stage {k} of {run_dir}"))
+        if whole.is_done() or work.is_done():
+            print(f"stage {k} is done: {work.stage_dir}", flush=True)
+        elif phase != phases[0] and not first.is_done():
+            remedy = f"Start pipeline/{phases[0]}.py"
+            raise InputError(f"stage {k} has no {phases[0]} yet", where=first.stage_dir, remedy=remedy)
+        else:
+            half = first.stage_dir if phase != phases[0] else None
+            _train(enter_stage(recipe, stage, phase, run_dir, before, half, work.folder), work, run_dir, make_trainer)
+        if is_first_process():
+            work.remove()
+            if last:
+                shutil.rmtree(first.stage_dir, ignore_errors=True)
+
+
+def _check(recipe: Recipe, stage: Stage, phase: Phase) -> None:
+    """What can be refused at once. Raises `InputError`."""
     check_stage(stage)
-    if stage.train.paradigm != paradigm:
+    if phase not in stage.train.phases:
         raise InputError(
-            f"stage {k} is {stage.train.paradigm}, and this is pipeline/{paradigm}.py",
+            f"stage {stage.k} is {stage.train.paradigm}, and this is pipeline/{phase}.py",
             where=recipe.name,
             field="train.paradigm",
-            remedy=f"Start pipeline/{stage.train.paradigm}.py",
+            remedy=f"Start pipeline/{stage.train.phases[0]}.py",
         )
-    start = time.monotonic()
-    stages = run_dir / "stages"
-    before_dir = stages / (recipe.stages[k - 2].folder if k > 1 else "00-base")
-    before = read_serving(before_dir)
-    methods = build_methods(recipe.method, stage.train)
-    carrier = next((method for method in methods if method.carries), None)
-    if before.kind == "merged" and carrier is None:
-        raise InputError(
-            "is a merged model, and a stage starts from the base or an adapter on it", where=before_dir / "serving.json"
-        )
-    previous = before_dir / before.path if before.kind == "adapter" and before.path else None
-    output = stages / f".{stage.folder}.partial"
+    if len(stage.train.phases) > 1 and recipe.eval.during:
+        raise InputError(f"does not look into {stage.train.paradigm}", where=recipe.name, field="eval.during")
 
-    tasks = {name: read_task(run_dir / "data" / name) for name in (*stage.tasks, *stage.visitors)}
-    samples = [
-        sample
-        for name, task in tasks.items()
-        for sample in trained_in(
-            _samples(run_dir / "data" / name, task, "train"),
-            k,
-            recipe.homes(name),
-            len(recipe.stages),
-            recipe.blur,
-            recipe.seed,
-        )
-    ]
-    anchors = {anchor.name: read_task(run_dir / "data" / anchor.name) for anchor in recipe.anchors}
-    general = [one for name, task in anchors.items() for one in _samples(run_dir / "data" / name, task, "train")]
-    for method in methods:
-        samples = method.data(stage, samples)
-    replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
-    # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
-    seed = (recipe.seed * 1_000_003 + k) % 2**31
-    set_seed(seed)
-    model, processor = load_model(recipe.base_model), load_processor(recipe.base_model)
-    if not torch.cuda.is_available() and model.num_parameters() < _TINY:
-        torch.set_num_threads(1)
-    context = model.config.get_text_config().max_position_embeddings
-    max_length = min(stage.train.max_length or context, context)
-    states = {method.name: _load_state(before_dir, method) for method in methods}
-    if carrier:
-        tuned: Any = carrier.enter(model, states[carrier.name], Collator(processor, [], max_length))
-    else:
-        tuned = enter(model, previous, stage.train)
-    for method in methods:
-        method.build(tuned, states[method.name])
-    freeze(model.get_encoder("image"))
-    callbacks = [callback for method in methods for callback in method.callbacks()]
-    entered = Entered(
-        recipe,
-        stage,
-        seed,
-        tuned,
-        processor,
-        samples,
-        replays,
-        tasks,
-        anchors,
-        max_length,
-        before,
-        previous,
-        output,
-        [*callbacks, FiniteLoss()],
-    )
+def _train(entered: Entered, work: Workplace, run_dir: Path, make_trainer: MakeTrainer) -> None:
+    """Train what was entered, and write what comes of it."""
+    start, recipe, stage, tuned = time.monotonic(), entered.recipe, entered.stage, entered.model
+    set_environment(recipe.name, stage.folder, run_dir, work.fingerprint)
     trainer: Any = make_trainer(entered)
-    trainer.take_on(entered, methods, idle_parameters(tuned))
-    mode = _mode(trainer)
-    if mode not in DISTRIBUTED:
-        raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
-    for method in methods:
-        if mode not in method.distributed:
-            raise InputError(f"does not run under {mode}", where="recipe", field=f"method.{method.name}")
-    if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
-        raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
-    if mode == "zero3":
+    trainer.take_on(entered, entered.methods, idle_parameters(tuned, sparse=entered.carrier is not None))
+    trainer.mode = _mode(trainer)
+    check_mode(recipe, stage, entered.methods, trainer.mode)
+    if trainer.mode == "zero3":
         keep_whole(trainer, list(trained_parameters(tuned).values()))
     trainer.add_callback(ReallyDistributed(trainer))
     trainer.add_callback(untrained := Untrained(tuned))
-    during = _during(entered, trainer, run_dir, context) if recipe.eval.during else None
-    if during:
-        trainer.add_callback(during)
-
-    trainer.train()
-    trained = fingerprint(tuned)
-    if not all(math.isfinite(value) for value in trained.values()):
-        raise RuntimeError(f"stage {k}: training ended with weights that are not finite")
-    if untrained.fingerprint == trained:
-        raise RuntimeError(f"stage {k}: training changed no weight")
-
-    size = sum(parameter.numel() for parameter in trained_parameters(tuned).values())
-    if carrier:
-        save = partial(_save_merged, carrier, tuned, processor)
-    else:
-        save = partial(_save_adapters, *leave(tuned, previous, stage.train), before)
-    states = {method.name: method.finish(tuned, samples) for method in methods}
+    trainer.checkpoints = work.checkpoints
     if trainer.accelerator.is_main_process:
-        shutil.rmtree(output, ignore_errors=True)  # what the trainer, or a process that was killed, left there
-        served = save(output)
-        for name, state in states.items():
-            _save_state(output, name, state)
-        write_jsonl(output / "train_log.jsonl", map(_finite, trainer.state.log_history))
-        write_serving(output, before.model_copy(update={"stage": k, "name": stage.name, **served}))
-        summary = {
-            "seconds": round(time.monotonic() - start, 3),
-            "steps": trainer.state.global_step,
-            "samples": len(samples),
-            "processes": trainer.accelerator.num_processes,
-            "mode": mode,
-            "trained_parameters": size,
-            "peak_memory_bytes": _peak_memory(),
-        }
-        if during:
-            during.write(output)
-            summary["during"] = during.summary()
-        write_json(output / "trained.json", summary)
-        replace_folder(output, stages / stage.folder)
+        work.claim()
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    checkpoint = trainer.last_checkpoint(notes := list[str]())
+    trainer.add_callback(live := Live(work.folder, start))
+    during = _during(entered, trainer, run_dir) if recipe.eval.during else None
+    if during:
+        trainer.stateful["during"] = during
+    with deferred() as asked:  # it stops where it can go on, and once it is trained it is written
+        trainer.add_callback(Checkpointing(trainer, Interval.of(stage.train.checkpoint_every), asked, checkpoint))
+        if during:
+            trainer.add_callback(during)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except Preempted:
+            trainer.accelerator.end_training()
+            raise
+        _check_trained(stage, entered.phase, untrained.fingerprint, fingerprint(tuned))
+        last = entered.phase == stage.train.phases[-1]
+        save = what_to_save(entered, last)
+        states = {method.name: method.finish(tuned, entered.samples) for method in entered.methods} if last else {}
+        seconds = live.seconds
+        cost = stage_cost(trainer, seconds, stage.train.batch_size(entered.phase))  # of all processes
+        if trainer.accelerator.is_main_process:
+            _write(entered, work, trainer, save, states, {"seconds": seconds, "cost": cost, "notes": notes}, during)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
-def load_model(base: ModelConfig) -> Any:
-    """The untouched base model, on the CPU, in the recipe's dtype."""
-    return AutoModelForImageTextToText.from_pretrained(
-        base.path,
-        revision=base.revision,
-        trust_remote_code=base.trust_remote_code,
-        dtype=getattr(torch, base.dtype),
-    )
+def _write(
+    entered: Entered,
+    work: Workplace,
+    trainer: Any,
+    save: Save,
+    states: States,
+    told: dict[str, Any],
+    during: During | None,
+) -> None:
+    """Write the folder of a stage, or of its first phase; `told` is for `trained.json` beside what is found here."""
+    stage, half, output = entered.stage, entered.entry.half, work.finished
+    served = save(states, output)
+    for name, state in states.items():
+        save_state(output, name, state)
+    log = read_jsonl(half / "train_log.jsonl") if half else []
+    write_jsonl(output / "train_log.jsonl", [*log, *map(finite, trainer.state.log_history)])
+    summary = {
+        "fingerprint": work.fingerprint,
+        "steps": trainer.state.global_step,
+        "samples": len(entered.samples),
+        "processes": trainer.accelerator.num_processes,
+        "mode": trainer.mode,
+        "trained_parameters": sum(one.numel() for one in trained_parameters(entered.model).values()),
+        **told,
+        **trainer.report(),
+    }
+    if half:
+        summary[stage.train.phases[0]] = read_json(half / "trained.json")
+    if during:
+        during.write(output)
+        summary["during"] = during.summary()
+    if entered.phase == stage.train.phases[-1]:
+        changes = {"stage": stage.k, "name": stage.name, **served}
+        write_serving(output, entered.before.model_copy(update=changes))
+    write_json(output / "trained.json", summary)
+    replace_folder(output, work.stage_dir)
 
 
-def load_processor(base: ModelConfig) -> Any:
-    """The base model's processor with the recipe's settings (`min_pixels`, `max_pixels`, …)."""
-    return AutoProcessor.from_pretrained(
-        base.path, revision=base.revision, trust_remote_code=base.trust_remote_code, **base.processor
-    )
+def _check_trained(stage: Stage, phase: Phase, before: dict[str, float], after: dict[str, float]) -> None:
+    """Training has moved weights, and to where numbers are. Raises `InputError`."""
+    where, field = f"stage {stage.name}", f"train.{phase}.args"
+    if not all(math.isfinite(value) for value in after.values()):
+        raise InputError("training ended with weights that are not finite", where=where, field=field, remedy=LOWER)
+    if before == after:
+        remedy = "Look at the learning rate, the number of steps and the rewards"
+        raise InputError("training changed no weight", where=where, field=field, remedy=remedy)
 
 
-def replace_folder(source: Path, target: Path) -> None:
-    """Put `source` where `target` is. In between there is no `target`, never half of one."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _samples(folder: Path, task: PreparedTask, part: Part) -> list[Sample]:
-    folder = folder.resolve()
-    return [
-        {**sample, "images": [str(image_path(folder, task, image)) for image in sample["images"]]}
-        for sample in read_samples(folder, part)
-    ]
-
-
-def _during(entered: Entered, trainer: "Trainer", run_dir: Path, context: int) -> During:
+def _during(entered: Entered, trainer: "Trainer", run_dir: Path) -> During:
     """What is asked while the stage trains: every task learned by its end, in the order of the matrix's columns."""
     recipe, config = entered.recipe, entered.recipe.eval.during
     assert config is not None
     folders = {task: run_dir / "data" / task for task, first in recipe.learned.items() if first <= entered.stage.k}
     tasks = {task: read_task(folder) for task, folder in folders.items()}
-    probes = {task: choose_probes(_samples(folders[task], tasks[task], "test"), config.probes) for task in tasks}
-    collator = Collator(entered.processor, [], context, padding_side="left")
+    probes = {task: choose_probes(samples_of(folders[task], tasks[task], "test"), config.probes) for task in tasks}
+    collator = Collator(entered.processor, [], entered.context, padding_side="left")
     return During(trainer, config, tasks, probes, collator)
-
-
-def _save_adapters(policy: Adapter, delta: Adapter, before: Serving, folder: Path) -> dict[str, Any]:
-    """Write a LoRA policy and its increment; how it is served."""
-    save_adapter(folder / "adapter", policy, before.base, before.revision)
-    save_adapter(folder / "delta", delta, before.base, before.revision)
-    return {"kind": "adapter", "path": "adapter", "rank": rank(policy), "hash": hash_adapter(folder / "adapter")}
-
-
-def _save_merged(carrier: Method, model: Any, processor: Any, folder: Path) -> dict[str, Any]:
-    """Write what a method carries; how it is served."""
-    carrier.leave(model, processor, folder / "merged")
-    return {"kind": "merged", "path": "merged", "rank": None, "hash": hash_model(str(folder / "merged"))}
-
-
-def _state_file(folder: Path, name: str) -> Path:
-    return folder / "method" / f"{name}.safetensors"
-
-
-def _save_state(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
-    if state:
-        file = _state_file(folder, name)
-        file.parent.mkdir(exist_ok=True)
-        save_file({key: value.contiguous() for key, value in state.items()}, file)
-
-
-def _load_state(folder: Path, method: Method) -> dict[str, torch.Tensor]:
-    file = _state_file(folder, method.name)
-    return load_file(file) if file.exists() else {}
-
-
-def _finite(row: dict[str, Any]) -> dict[str, Any]:
-    """A log row for JSON: a figure that is undefined (the mean over no answers, say) is null."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
 
 
 def _mode(trainer: "Trainer") -> str:
@@ -340,10 +236,3 @@ def _mode(trainer: "Trainer") -> str:
     if plugin is not None:
         return f"zero{max(plugin.zero_stage, 2)}"
     return "ddp" if trainer.accelerator.num_processes > 1 else "single"
-
-
-def _peak_memory() -> int:
-    """Of this process: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

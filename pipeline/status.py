@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Literal, TypedDict
 
 from mcit.data_prep.files import write_json
+from mcit.eval.results import StageCost
 
 from .locks import Owner, holder
 from .recipe import load_recipe
 from .step import Launch
 from .steps import Run
+from .workplace import Progress, read_progress, work_folder
 
 State = Literal["done", "running", "left"]
 
@@ -22,6 +24,8 @@ class StepStatus(TypedDict):
     state: State
     seconds: float | None
     owner: Owner | None
+    progress: Progress | None  # of a stage that has begun and is not done
+    cost: StageCost | None  # of a stage that is done
 
 
 class Status(TypedDict):
@@ -38,12 +42,24 @@ def run_status(run: Run, rows: Iterable[int] = ()) -> Status:
     steps: list[StepStatus] = []
     for step in run.steps(rows):
         owner = holder(run.lock(step))
-        # Results and report can be had of what there is; they are not done before everything else is.
-        early = step.name in ("results", "report") and any(before["state"] == "left" for before in steps)
+        # Results, report and publication can be had of what there is; they are not done before everything else is.
+        early = step.name in ("results", "report", "publish") and any(before["state"] == "left" for before in steps)
         marker = None if owner or early else step.done()
         state: State = "running" if owner else "done" if marker else "left"
         seconds = marker["seconds"] if marker else None
-        steps.append({"name": step.name, "title": step.title, "state": state, "seconds": seconds, "owner": owner})
+        progress = read_progress(work_folder(step.marker.parent)) if step.name.startswith("train/") else None
+        cost = ((marker or {}).get("trained") or {}).get("cost")
+        steps.append(
+            {
+                "name": step.name,
+                "title": step.title,
+                "state": state,
+                "seconds": seconds,
+                "owner": owner,
+                "progress": None if marker else progress,
+                "cost": cost,
+            }
+        )
     states = {step["state"] for step in steps}
     return {
         "name": run.recipe.name,

@@ -25,6 +25,7 @@ class Launch:
     config: Path  # of `accelerate launch`
     processes: int  # on all nodes together
     nodes: int = 1  # of a SLURM job step, in which each starts its share
+    mode: str = "single"  # how processes share a model out: single, ddp, zero2, zero3, or what accelerate calls it
 
     @classmethod
     def named(cls, name: str, gpus: int | None = None, nodes: int = 1) -> "Launch":
@@ -39,11 +40,15 @@ class Launch:
         config = parse_yaml(read_text(path), str(path))
         if not isinstance(config, dict):
             raise InputError("is not an accelerate configuration", where=path)
-        processes = (gpus or config.get("num_processes") or 1) * nodes
+        machines = config.get("num_machines") or 1
+        if machines > 1 and nodes == 1:
+            remedy = "Take ddp, `mcit submit --nodes`, or accelerate itself on each machine, as the file says"
+            raise InputError(f"is for {machines} machines, and this is one", where=path, remedy=remedy)
+        processes = (gpus or (config.get("num_processes") or 1) // machines) * nodes
         if processes > 1 and config.get("distributed_type") == "NO":
             remedy = "Add --launch ddp or --launch zero2"
             raise InputError(f"starts one process, not {processes}", where=path, remedy=remedy)
-        return cls(path, processes, nodes)
+        return cls(path, processes, nodes, _mode(config, processes))
 
     @property
     def rank(self) -> int:
@@ -62,6 +67,16 @@ class Launch:
             launcher += ["--main_process_port", _told("MASTER_PORT", self.nodes)]
             launcher += ["--deepspeed_multinode_launcher", "standard"]  # as without DeepSpeed; else it would use ssh
         return [*launcher, str(script)]
+
+
+def _mode(config: dict[str, Any], processes: int) -> str:
+    """What `Method.distributed` calls an accelerate configuration."""
+    kind = str(config.get("distributed_type", "NO"))
+    if kind == "DEEPSPEED":
+        return f"zero{max((config.get('deepspeed_config') or {}).get('zero_stage', 2), 2)}"
+    if kind in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        return "ddp" if processes > 1 else "single"
+    return kind
 
 
 def _told(variable: str, nodes: int) -> str:

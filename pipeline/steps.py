@@ -9,25 +9,32 @@ import os
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from mcit.data_prep.checks import fit_task
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.files import hash_files, hash_json, read_json, replace_link, write_json
+from mcit.data_prep.files import hash_json, read_json, replace_link, write_json
 from mcit.data_prep.prepare import prepare_task, read_task
-from mcit.data_prep.schema import PreparedTask, TaskConfig
+from mcit.data_prep.schema import TaskConfig
 from mcit.eval.cells import load_cell, needed_cells
 from mcit.eval.engines import FALLBACK
 from mcit.eval.hashing import cache_dir, hash_model
+from mcit.eval.judge.cells import JudgedCell, judge_cells, judged_cells
+from mcit.eval.judge.judges import judge_identity
 from mcit.eval.results import assemble_results, write_results
 from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .child import run_child
+from .disk import check_run
+from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
-from .recipe import Recipe, Stage, dump_recipe, write_recipe
+from .recipe import Phase, Recipe, Stage, write_recipe
+from .start import find_start, forget_start, place_start, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
+from .workplace import work_folder
 
 
 class Run:
@@ -39,7 +46,8 @@ class Run:
     def steps(self, rows: Iterable[int] = ()) -> list[Step]:
         """All steps in order; the stages `rows` are evaluated by themselves before what is left of them is."""
         alone = [self.evaluate(row=k) for k in rows]
-        return [*self.preparation(), *self.training(), *alone, self.evaluate(), self.results(), self.report()]
+        measured = [self.evaluate(), *self.judging(), *self.reporting()]
+        return [*self.preparation(), *self.training(), *alone, *measured, *self.publication()]
 
     def preparation(self) -> list[Step]:
         """What comes before any training."""
@@ -48,6 +56,14 @@ class Run:
     def training(self) -> list[Step]:
         """The stages 1…K."""
         return [self.train(stage) for stage in self.recipe.stages]
+
+    def judging(self, partly: bool = False) -> list[Step]:
+        """What scores reasoning, if the recipe names a judge."""
+        return [self.judge(partly)] if self.recipe.eval.judge is not None else []
+
+    def reporting(self) -> list[Step]:
+        """What gathers all that was measured."""
+        return [self.results(), self.report()]
 
     def perform(self, step: Step, show: Show) -> tuple[Facts, bool]:
         """Do a step under its lock unless it is done; returns its marker and whether there was anything to do."""
@@ -81,7 +97,7 @@ class Run:
         """Whether TRL takes the trainer arguments of every stage."""
 
         def inputs() -> Facts:
-            return {"train": [stage.train.model_dump() for stage in self.recipe.stages]}
+            return {"train": [stage.train.model_dump(exclude={"checkpoint_every"}) for stage in self.recipe.stages]}
 
         def work(show: Show, lock: int) -> Facts:
             from .arguments import check_stage, try_config  # here: TRL takes seconds, and only new settings need it
@@ -118,19 +134,24 @@ class Run:
         return Step(f"prepare/{task.name}", f"prepare {task.name}", marker, there, inputs, work, again=True)
 
     def base(self) -> Step:
-        """Row 0: how the untouched base model is served, and its hash."""
-        model, folder = self.recipe.base_model, self.stage_dir(0)
+        """Row 0: how the untouched base model is served, and its hash; or the policy that the run starts from."""
+        model, folder, start = self.recipe.base_model, self.stage_dir(0), self.recipe.start_from
 
         def inputs() -> Facts:
             # A Hub id comes with the commit that the run began with, so only a folder can change below us.
-            return model.model_dump() | ({"hash": hash_model(model.path)} if Path(model.path).is_dir() else {})
+            local = {"hash": hash_model(model.path)} if Path(model.path).is_dir() else {}
+            return model.model_dump(exclude={"quantization"}) | local | (start_inputs(start, folder) if start else {})
 
         def work(show: Show, lock: int) -> Facts:
             digest = hash_model(model.path, model.revision)
-            settings = model.model_dump(exclude={"path"})
+            settings = model.model_dump(exclude={"path", "quantization"})
             row0 = Serving(
                 stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
             )
+            if start:
+                row0 = place_start(find_start(start), row0, folder)
+            else:
+                forget_start(folder)
             write_serving(folder, row0)
             for k in range(1, len(self.recipe.stages) + 1):  # the same model may lie elsewhere by now
                 if (self.stage_dir(k) / "serving.json").exists():
@@ -138,7 +159,7 @@ class Run:
                     if serving.base_hash == digest:
                         moved = {"base": model.path, "revision": model.revision}
                         write_serving(self.stage_dir(k), serving.model_copy(update=moved))
-            return {"policy": digest, "state": None}
+            return {"policy": row0.hash, "state": state_hash(sorted((folder / "method").glob("*")))}
 
         return Step("base", "base model", folder / "done.json", (folder / "serving.json").exists, inputs, work)
 
@@ -159,6 +180,7 @@ class Run:
                 return None
             return {
                 "policy": row0["policy"],
+                **({"state": row0["state"]} if row0["state"] else {}),
                 "processor": recipe.base_model.processor,
                 "folders": [marker["folder"] for marker in markers if marker],
                 "on_bad": recipe.prepare.on_bad,
@@ -176,6 +198,8 @@ class Run:
             config = AutoConfig.from_pretrained(
                 row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
             )
+            done = [stage.k for stage in recipe.stages if (self.stage_dir(stage.k) / "serving.json").exists()]
+            check_run(self.dir, recipe, config, done)
             context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
             longest, notes = {}, []
             for task, step in pairs:
@@ -190,51 +214,30 @@ class Run:
                 notes += check_gold(folder)
                 replace_link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
-            return {"policy": row0.hash, "state": None, "longest": longest, "notes": notes}
+            state = state_hash(sorted((self.stage_dir(0) / "method").glob("*")))
+            return {"policy": row0.hash, "state": state, "longest": longest, "notes": notes}
 
         return Step("check", "check samples", self._marker("check"), there, inputs, work)
 
     def train(self, stage: Stage) -> Step:
         """One tuning step, in a process (or several) of its own."""
-        recipe, folder, during = self.recipe, self.stage_dir(stage.k), self.recipe.eval.during
-        seen = [name for name, first in recipe.learned.items() if first <= stage.k]
+        recipe, folder = self.recipe, self.stage_dir(stage.k)
         before = self.train(recipe.stages[stage.k - 2]) if stage.k > 1 else self.check()
 
         def inputs() -> Facts | None:
             entering = before.done()
-            if entering is None:
-                return None
-            row0 = read_serving(self.stage_dir(0))
-            tasks = {name: self.task(name) for name in (*stage.tasks, *stage.visitors)}
-            anchors = {anchor.name: self.task(anchor.name)["train_hash"] for anchor in recipe.anchors}
-            other = "rft" if stage.train.paradigm == "sft" else "sft"
-            return {
-                "stage": stage.k,
-                "train": stage.train.model_dump(exclude={other}),
-                "method": recipe.method,
-                "seed": recipe.seed,
-                "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
-                "data": {name: task["train_hash"] for name, task in tasks.items()},
-                **({"anchors": anchors} if anchors else {}),
-                **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
-                "rewards": {name: scorers_of(task) for name, task in tasks.items() if other == "sft"},
-                "policy": row0.hash if stage.train.lineage == "independent" else entering["policy"],
-                "state": entering["state"],
-                # Part of what a stage makes, since nobody can look into its training afterwards.
-                **({"during": during.model_dump() | {"test": self._test_hashes(seen)}} if during else {}),
-            }
+            return None if entering is None else stage_inputs(recipe, stage, self.dir, entering)
 
         def work(show: Show, lock: int) -> Facts:
+            phases, half = stage.train.phases, folder.parent / stage.half_folder
             for stale in folder.parent.glob(f"*{stage.k:02d}-*"):
-                if stale != folder and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
+                ours = stale in (folder, half, work_folder(folder), work_folder(half))
+                if not ours and stale.name.lstrip(".").startswith(f"{stage.k:02d}-"):
                     shutil.rmtree(stale)  # half-made, or of another stream
-            self._train(stage, step.file_name, show, lock)
-            state = [path for path in (folder / "method").rglob("*") if path.is_file()]
-            return {
-                "policy": read_serving(folder).hash,
-                "state": hash_files(state, folder) if state else None,
-                "trained": read_json(folder / "trained.json"),
-            }
+            for phase in phases:
+                name = step.file_name if len(phases) == 1 else f"{step.file_name}-{phase}"
+                self._train(stage, phase, name, show, lock)
+            return entering_hashes(folder) | {"trained": read_json(folder / "trained.json")}
 
         title, there = f"train stage {stage.k}/{len(recipe.stages)} {stage.name}", (folder / "serving.json").exists
         step = Step(f"train/{stage.k}", title, folder / "done.json", there, inputs, work, extras=("during",))
@@ -243,15 +246,16 @@ class Run:
     def assist(self, stage: Stage, show: Show) -> None:
         """This node's processes of a stage that node 0 trains: it holds the lock and writes what comes of it."""
         if not self.train(stage).done():
-            self._train(stage, f"train-{stage.k}-node-{self.launch.rank}", show)
+            for phase in stage.train.phases:
+                self._train(stage, phase, f"train-{stage.k}-node-{self.launch.rank}", show)
 
-    def _train(self, stage: Stage, name: str, show: Show, *locks: int) -> None:
-        """Start a stage's script on this node."""
-        script = Path(__file__).parent / f"{stage.train.paradigm}.py"
+    def _train(self, stage: Stage, phase: Phase, name: str, show: Show, *locks: int) -> None:
+        """Start the script of one of a stage's phases on this node."""
+        script = Path(__file__).parent / f"{phase}.py"
         settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
         write_recipe(self.recipe, settled)
         options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
-        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks)
+        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks, launcher=True)
 
     def rows(self) -> list[int]:
         """The stages of which something is evaluated, 0 being the base."""
@@ -280,11 +284,10 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(
-                    exclude={"during", "general", "remote"}
-                ),  # general tasks are among the cells
+                # General tasks are among the cells; the others change no answer.
+                "config": config.model_dump(exclude={"during", "general", "judge", "remote"}),
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
-                "data": self._test_hashes(task for _, task in wanted),
+                "data": hashes_of_test_sets(self.dir, (task for _, task in wanted)),
             }
 
         def work(show: Show, lock: int) -> Facts:
@@ -311,12 +314,48 @@ class Run:
         step = Step(name, title, marker, lambda: not left(cells() or []), inputs, work)
         return step
 
+    def judge(self, partly: bool = False) -> Step:
+        """Scores of the reasoning in all answers that are needed (`partly`: that there are), by `eval.judge`."""
+        judge, evaluated = self.recipe.eval.judge, self.evaluate(partly=partly)
+
+        def cells() -> list[JudgedCell] | None:
+            if judge is None or evaluated.done() is None:
+                return None
+            config, general = self.recipe.eval, [task.name for task in self.recipe.eval.general]
+            wanted = [(k, task) for k, task in self._needed_cells() if task not in general]
+            done = [k for k, step in enumerate([self.check(), *self.training()]) if step.done()]
+            there = [cell for cell in wanted if cell[0] in done and load_cell(self.dir, *cell, config).is_done()]
+            return judged_cells(self.dir, there, judge)
+
+        def inputs() -> Facts | None:
+            found = cells()
+            if found is None or judge is None:
+                return None
+            known = {f"{cell.stage} {cell.task['name']}": cell.fingerprint for cell in found}
+            return {"judge": judge_identity(judge), "cells": known}
+
+        def work(show: Show, lock: int) -> Facts:
+            found = cells() or []
+            todo = [cell for cell in found if not cell.is_done()]
+            if judge is not None and todo:
+                judge_cells(todo, judge, cache_dir(), show)
+            outcomes = Counter[str]()
+            for cell in found:
+                outcomes.update(read_json(cell.marker)["outcomes"])
+            return {"cells": len(found), "outcomes": dict(outcomes)}
+
+        def there() -> bool:
+            return all(cell.is_done() for cell in cells() or [])
+
+        return Step("judge", "judge reasoning", self._marker("judge"), there, inputs, work)
+
     def results(self) -> Step:
         """RUN/results.json, gathered from the markers."""
         recipe, path = self.recipe, self.dir / "results.json"
+        effective = effective_recipe(recipe)
 
         def inputs() -> Facts | None:
-            return {"recipe": dump_recipe(recipe)} if self.check().done() else None
+            return {"recipe": effective} if self.check().done() else None
 
         def work(show: Show, lock: int) -> Facts:
             results = assemble_results(
@@ -327,7 +366,8 @@ class Run:
                 stages=[{"k": stage.k, "name": stage.name, "tasks": stage.tasks} for stage in recipe.stages],
                 learned=recipe.learned,
                 general=[task.name for task in recipe.eval.general],
-                recipe_hash=hash_json(dump_recipe(recipe)),
+                judge=recipe.eval.judge,
+                recipe_hash=hash_json(effective),
             )
             if not path.exists() or read_json(path) != results:
                 write_results(self.dir, results)
@@ -351,12 +391,24 @@ class Run:
         page = self.dir / "report" / "index.html"
         return Step("report", "report", self._marker("report"), page.exists, inputs, work)
 
-    def task(self, name: str) -> PreparedTask:
-        """What is known of a prepared task."""
-        return read_task(self.dir / "data" / name)
+    def publication(self) -> list[Step]:
+        """The last step, on the Hub, if the recipe has it."""
+        config = self.recipe.publish
+        if config is None:
+            return []
 
-    def _test_hashes(self, names: Iterable[str]) -> dict[str, str]:
-        return {name: self.task(name)["test_hash"] for name in names}
+        def inputs() -> Facts | None:
+            results, report = self.results().done(), self.report().done()
+            return {"results": results["hash"], "publish": config.model_dump()} if results and report else None
+
+        def work(show: Show, lock: int) -> Facts:
+            from .publishing.files import gather  # here: needs the Hub's client
+            from .publishing.hub import readable_token, send
+
+            address, warning = send(gather(self.recipe, self.dir, config), show), readable_token()
+            return {"address": address, "notes": [warning] if warning else []}
+
+        return [Step("publish", f"publish {config.repo_id}", self._marker("publish"), lambda: True, inputs, work)]
 
     def _marker(self, name: str) -> Path:
         return self.dir / "steps" / f"{name}.json"
@@ -364,11 +416,11 @@ class Run:
     def _locked(self, step: Step) -> contextlib.AbstractContextManager[int]:
         return locked(self.lock(step), f"{step.title} of {self.dir}")
 
-    def _child(self, name: str, command: list[str], show: Show, *locks: int) -> None:
+    def _child(self, name: str, command: list[str], show: Show, *locks: int, launcher: bool = False) -> None:
         """Run a child process of a step, with its log in RUN/logs/."""
         # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
         usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         usual |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
         env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks)
+        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks, launcher=launcher)

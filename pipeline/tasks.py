@@ -26,7 +26,7 @@ def resolve_paths(layer: dict[str, Any], folder: Path, *, under_data: bool = Fal
         if local.exists() or not _HUB_ID.fullmatch(base["path"]) or base["path"].startswith("."):
             base["path"] = str(local.resolve())
     under_data = under_data or "data" in layer
-    _make_absolute(layer, ["data"], folder)
+    _make_absolute(layer, ["data", "start_from"], folder)
     stream = () if under_data else tasks_of(layer.get("stream"))
     section = layer.get("eval")
     general = section.get("general") if isinstance(section, dict) else None

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .disk import size
+
 _REMARK = re.compile(r"^(\[|/|[A-Z]\d{4} |Loading |Triton )|[Ww]arn")
 SILENCE = 30.0  # seconds between progress lines where nothing can be overwritten
 
@@ -86,9 +88,30 @@ class Terminal:
         if split := results.get("forgetting", {}).get("mean"):
             loss, essential, superficial = (split[part]["value"] for part in ("loss", "essential", "superficial"))
             self.say(f"lost above chance {loss:.1f}: {essential:.1f} essential, {superficial:.1f} superficial")
+        if reasoning := results.get("reasoning"):
+            self._reasoning(results, reasoning)
         if (general := metrics.get("general")) is not None:
             before = metrics.get("general_base")
             self.say(f"general {general:.1f}" + (f", of the base {before:.1f}" if before is not None else ""))
+
+    def _reasoning(self, results: Mapping[str, Any], reasoning: Mapping[str, Any]) -> None:
+        """Mean reasoning scores, what was lost of them beside the answers, and what has no score."""
+        known = [
+            f"{name} {value:.1f}"
+            for name, value in results["metrics"].items()
+            if name.startswith("reasoning_") and value is not None
+        ]
+        if known:
+            self.say("   ".join(known))
+        if lost := reasoning["mean"]:
+            values = [lost[part]["value"] for part in ("reasoning", "answer")]
+            self.say("lost since learned, earlier tasks: reasoning {:.1f}, answers {:.1f}".format(*values))
+        outcomes = Counter[str]()
+        for cell in (cell for row in reasoning["outcomes"] for cell in row if cell):
+            outcomes.update(cell)
+        missing = [f"{outcomes[key]} {key}" for key in ("cut", "unreadable", "refused") if outcomes[key]]
+        if missing:
+            self.say(f"reasoning without a score: {', '.join(missing)} of {outcomes.total()}", "yellow")
 
     def status(self, status: Mapping[str, Any]) -> None:
         """What is done, running and left: a line a step, with its SLURM job; of a sweep a line a run."""
@@ -104,7 +127,10 @@ class Terminal:
             by = f"  process {owner['pid']} on {owner['host']} since {owner['since']}" if owner else ""
             seconds = f"  {step['seconds']:.1f} s" if step["seconds"] is not None else ""
             job = f"  {beside[step['name']]}" if step["name"] in beside and step["state"] != "done" else ""
-            self.say(f"{step['state']:8}{step['title']}{seconds}{by}{job}", "" if step["state"] == "done" else "bold")
+            more = _progress(step["progress"], bool(owner)) if step["progress"] else ""
+            more = _cost(step["cost"]) if step["cost"] else more
+            line = f"{step['state']:8}{step['title']}{seconds}{more}{by}{job}"
+            self.say(line, "" if step["state"] == "done" else "bold")
         for job in status["jobs"]:
             if not job["steps"]:
                 self.say(f"{'':8}{job['name']}  {_job(job)}")
@@ -143,6 +169,33 @@ def condensed(line: str) -> str | None:
         logged = dict(re.findall(r"'(\w+)': '?([^',}]+)", line))
         return "  ".join(f"{key} {logged[key]}" for key in ("loss", "reward", "epoch") if key in logged) or None
     return None if _REMARK.search(line) else line
+
+
+def _progress(progress: Mapping[str, Any], running: bool) -> str:
+    """How far a stage is."""
+    step = f"  {'step' if running else 'stopped at step'} {progress['step']} of {progress['steps']}"
+    loss = f", loss {progress['loss']:.4g}" if progress["loss"] is not None else ""
+    left = f", {_duration(progress['left'])} left" if running and progress["left"] is not None else ""
+    return step + loss + left
+
+
+def _cost(cost: Mapping[str, Any]) -> str:
+    """What a stage has cost."""
+    hours = f"{cost['gpu_hours']:.3g} GPU hours" if cost["gpu_hours"] else f"{cost['process_hours']:.3g} process hours"
+    peaks = [
+        f"{size(cost[key])} {where}"
+        for key, where in (("peak_gpu_bytes", "GPU"), ("peak_host_bytes", "RAM"))
+        if cost[key]
+    ]
+    return f"  {hours}, {cost['tokens']:,} tokens, at most {', '.join(peaks)}"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _job(job: Mapping[str, Any]) -> str:

@@ -3,11 +3,10 @@
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
@@ -18,17 +17,17 @@ from .batches import deal
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .methods import Method, StepView
 from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
+from .resume import Resumable
 from .zero3 import gather, whole
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from .stage import Entered
+    from .entering import Entered
+    from .recipe import Stage
 
-_Mixin: Any = object  # so that what is TRL's is not looked for here
 
-
-class MethodLoss(_Mixin):  # type: ignore[misc]
+class MethodLoss(Resumable):
     """Adds the methods' terms to the loss of a TRL trainer, by the contract of `Method.loss` and `Method.replay_loss`.
 
     `idle` are the trained parameters that a batch may leave out of the graph (`idle_parameters`). They get a gradient
@@ -40,12 +39,25 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
     idle: Sequence[nn.Parameter] = ()
     replays = Replays([], {})
     collator: Collator
+    coming: Sequence[
+        Any
+    ] = ()  # this process's micro-batches of the optimizer step that begins, as the collator made them
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The trainer's own, remembered for methods that look at a step's samples before it is taken."""
+        self.coming, items = super().get_batch_samples(*args, **kwargs)
+        return list(self.coming), items
 
     def take_on(self, entered: "Entered", methods: Sequence[Method], idle: Sequence[nn.Parameter]) -> None:
         """Work with a stage's methods from here on."""
         self.methods, self.idle, self.replays = methods, idle, entered.replays
         self.collator = Collator(entered.processor, [], entered.max_length)
+        self.stateful.update({f"method.{method.name}": method for method in methods})
         self.add_callback(Begin(entered, self))
+
+    def report(self) -> dict[str, Any]:
+        """What a stage says of its training beside the log, for `trained.json`."""
+        return {}
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -53,7 +65,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
         """The trainer's own loss plus the terms; `return_outputs` is not supported with methods (TRL deprecates it)."""
         beside, labels = inputs.pop(REPLAYED, []), inputs.pop(REPLAYED_LABELS, None)
         watch: contextlib.AbstractContextManager[list[Tensor]] = contextlib.nullcontext([])
-        if beside:
+        asked = any(method.needs_hidden for method in self.methods)
+        if beside or asked:
             watch = caught_states(self.model)
         with watch as states:
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -73,6 +86,7 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
             last=self.accelerator.sync_gradients,
             process=self.accelerator.process_index,
             processes=self.accelerator.num_processes,
+            hidden=states[0] if asked else None,
         )
         seen = [Pass.inside(beside, states[0], labels)] if beside else self.apart(view)
         # transformers' Trainer.training_step divides what it gets by the accumulation under exactly this condition.
@@ -97,34 +111,51 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
         All processes must go through to the end, for they make as many passes, at the same time.
         """
-        with _evaluating(model):
-            for one in self.passes(model, self.replays.drawn[method.name].indices):
-                if one.counts:
-                    yield from (seen for _, seen in self.replays.by_method(one))
+        for one in self.look_at(model, self.replays.drawn[method.name].indices):
+            yield from (seen for _, seen in self.replays.by_method(one))
 
     @torch.no_grad()
-    def output_head(self, method: Method) -> nn.Linear:
-        """What makes logits of last hidden states, tried on a sample of `method.replay`.
+    def look_at(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
+        """As `look`, samples of the stage by index: its own come first, as `finish` gets them."""
+        with evaluating(model):
+            yield from (one for one in self.passes(model, indices) if one.counts)
+
+    def gradients(self, indices: Sequence[int], of: Callable[[Tensor, Tensor], Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The gradient of `of` for each sample by itself, with respect to what trains, by name, in evaluation mode.
+
+        `of` makes a scalar of a sample's last hidden states [tokens, units] and labels [tokens]. This process's part of
+        the samples, under the same condition as `look`; an optimizer's own gradients are left alone.
+        """
+        trained = trained_parameters(self.model)
+        with evaluating(self.model), torch.enable_grad():
+            for one in self.passes(self.model, indices, alone=True):
+                value = of(one.hidden[0, : one.tokens[0]], one.labels[0, : one.tokens[0]])
+                found = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
+                if one.counts:
+                    yield dict(zip(trained, found, strict=True))
+
+    @torch.no_grad()
+    def output_head(self, method: str) -> nn.Linear:
+        """What makes logits of last hidden states, tried on a sample of the stage for `method`.
 
         Raises `InputError` where logits are more than that, scaled or capped: a loss on them would be another model's.
         """
         model = self.model
         head = whole(unwrapped(model).get_output_embeddings())
-        sample = self.replays.samples[self.replays.drawn[method.name].indices[0]]
-        inputs = self._prepare_input(self.collator.collate([sample]))
+        inputs = self._prepare_input(self.collator.collate([self.replays.samples[0]]))
         del inputs["labels"]
-        with _evaluating(model), caught_states(model) as states, self.accelerator.autocast():
+        with evaluating(model), caught_states(model) as states, self.accelerator.autocast():
             wanted = model(**inputs, use_cache=False).logits
             found = head(states[0])
         if not torch.allclose(found.to(wanted.dtype), wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item()):
             problem = f"the logits of {type(unwrapped(model)).__name__} are not its output layer's"
-            raise InputError(problem, where="recipe", field=f"method.{method.name}")
+            raise InputError(problem, where="recipe", field=f"method.{method}")
         return head
 
-    def passes(self, model: nn.Module, indices: Sequence[int]) -> Iterator[Pass]:
-        """Replayed samples, by index, through `model`, as many as a micro-batch has of them at a time."""
+    def passes(self, model: nn.Module, indices: Sequence[int], alone: bool = False) -> Iterator[Pass]:
+        """Samples, by index, through `model`: `alone`, or as many as a micro-batch has at a time."""
         accelerator, replays = self.accelerator, self.replays
-        size = self.args.per_device_train_batch_size * accelerator.num_processes
+        size = (1 if alone else self.args.per_device_train_batch_size) * accelerator.num_processes
         for step in deal(indices, replays.has_images, size, accelerator.num_processes):
             mine = step[accelerator.process_index]
             batch = self.collator.collate([replays.samples[index] for index in mine.samples])
@@ -142,7 +173,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
     def _replay_terms(self, passes: Iterable[Pass]) -> Iterator[tuple[Method, Tensor]]:
         """A term of each method that replays: a zero where there is nothing to see, so that all log the same terms."""
-        methods = {method.name: method for method in self.methods if method.name in self.replays.drawn}
+        drawn = {name for name, drawn in self.replays.drawn.items() if drawn.per_batch}
+        methods = {method.name: method for method in self.methods if method.name in drawn}
         terms = {name: torch.zeros((), device=self.args.device) for name in methods}
         for one in passes:
             for name, seen in self.replays.by_method(one):
@@ -166,7 +198,8 @@ class MethodLoss(_Mixin):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in evaluation mode."""
     training = model.training
     model.eval()
     try:
@@ -186,12 +219,19 @@ class Begin(TrainerCallback):
             method.begin(self.entered, self.trainer)
 
 
+LOWER = "Lower the learning rate, or clip gradients (max_grad_norm)"
+
+
 class FiniteLoss(TrainerCallback):
-    """Stops a training whose loss is no longer a number."""
+    """Refuses to train on once the loss is no longer a number. What was trained before stays."""
+
+    def __init__(self, stage: "Stage"):
+        self.where, self.field = f"stage {stage.name}", f"train.{stage.train.paradigm}.args"
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise RuntimeError(f"the loss is {logs['loss']} at step {state.global_step}: lower the learning rate")
+        if not math.isfinite(loss := (logs or {}).get("loss", 0.0)):
+            problem = f"the loss is {loss} at step {state.global_step}"
+            raise InputError(problem, where=self.where, field=self.field, remedy=LOWER)
 
 
 class ReallyDistributed(TrainerCallback):
@@ -224,11 +264,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return trained
 
 
-def idle_parameters(model: PeftModel | nn.Module) -> list[nn.Parameter]:
-    """Those that a batch may leave out: LoRA on projector and vision tower; of a method's experts, any."""
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else None
-    inside = set(base.get_decoder().parameters()) if base else set()
-    return [parameter for parameter in trained_parameters(model).values() if parameter not in inside]
+def idle_parameters(model: nn.Module, sparse: bool = False) -> list[nn.Parameter]:
+    """What is trained that a batch may leave out: on projector and vision tower, and of a `sparse` model anything."""
+    whole = unwrapped(model)
+    always = set() if sparse else {*whole.get_decoder().parameters(), *whole.get_output_embeddings().parameters()}
+    return [parameter for parameter in trained_parameters(model).values() if parameter not in always]
 
 
 def fingerprint(model: nn.Module) -> dict[str, float]:

@@ -145,7 +145,7 @@ def _file(source: str, part: Part, images: Path | None, model: ModelConfig | Non
 
 def _tasks(recipe: Recipe) -> list[Wanted]:
     wanted = []
-    by_answers = [stage for stage in recipe.stages if stage.train.paradigm == "sft"]
+    by_answers = [stage for stage in recipe.stages if "sft" in stage.train.phases]
     taught = {name for stage in by_answers for name in (*stage.tasks, *stage.visitors)}
     taught |= {anchor.name for anchor in recipe.anchors}
     for task in recipe.sources:
@@ -201,7 +201,7 @@ class _Counters:
 
         if not Path(model.path).is_dir():
             hub_commit(model.path, model.revision)
-        settings = model.model_dump(exclude={"path"})
+        settings = model.model_dump(exclude={"path", "quantization"})
         row0 = Serving(stage=0, name="base", kind="base", base=model.path, base_hash="", hash="", **settings)
         config = AutoConfig.from_pretrained(
             model.path, revision=model.revision, trust_remote_code=model.trust_remote_code

@@ -50,9 +50,12 @@ def jobs_of(run: Run, training: Sequence[str]) -> list[Job]:
         jobs.append(Job(f"train-{stage.k}", "train", step.title, command, (before,), (step,)))
         if stage.k in rows:
             jobs.append(_evaluation(run, stage.k))
-    last = (run.evaluate(), run.results(), run.report())
+    last = (run.evaluate(), *run.judging(), *run.reporting())
     evaluations = tuple(job.name for job in jobs if job.kind == "eval")
-    return [*jobs, Job("report", "report", "results and report", 'eval "$run"', evaluations, last)]
+    jobs.append(Job("report", "report", "results and report", 'eval "$run"', evaluations, last))
+    if publication := run.publication():
+        jobs.append(Job("publish", "report", publication[0].title, 'publish "$run"', ("report",), tuple(publication)))
+    return jobs
 
 
 def _evaluation(run: Run, k: int) -> Job:

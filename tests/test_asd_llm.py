@@ -21,10 +21,11 @@ from test_asd import box_task, dialogue, mcq_task, number_task, sample, short_ta
 
 from mcit.data_prep.asd import conversion
 from mcit.data_prep.asd.acceptance import accept_explanation, accept_wrong, read_reply
-from mcit.data_prep.asd.endpoint import Endpoint, Picture
 from mcit.data_prep.asd.llm import Llm
+from mcit.data_prep.asd.prompts import VERSION
 from mcit.data_prep.asd.report import make_report
 from mcit.data_prep.asd.turns import Turn, Unreachable, take_apart
+from mcit.data_prep.endpoint import Endpoint, Picture
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
@@ -56,7 +57,7 @@ def convert(tmp_path: Path, pictures: Anything) -> Any:
     ) -> tuple[list[Sample], dict[str, Any], list[dict[str, Any]]]:
         with serve(answer) as server:
             asd = AsdConfig(fraction=fraction, converter="llm", endpoint=server.address, model="m", retries=1)
-            endpoint = Endpoint(asd, tmp_path / cache, lambda line: None)
+            endpoint = Endpoint(asd, tmp_path / cache / "asd", VERSION, lambda line: None)
             done = conversion.convert(samples, fraction, seed, Llm(endpoint, pictures))
             return list(done.after()), make_report(done, asd, seed), server.asked
 

@@ -5,66 +5,26 @@ rules supply.
 """
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from vllm_server import vllm_server
 
-import mcit.recipes
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import AsdConfig
 from mcit.pipeline.convert import convert_file
 
 pytest.importorskip("vllm")
-TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
-STRUCTURED = {"backend": "xgrammar", "disable_any_whitespace": True}  # else a weak model emits blanks until cut off
 
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = ["--model", str(TINY), "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    arguments += ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-    arguments += ["--structured-outputs-config", json.dumps(STRUCTURED)]
-    settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    log, start = tmp_path_factory.mktemp("vllm") / "log", time.monotonic()
-    with log.open("w") as file:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *arguments],
-            env=os.environ | settings,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        while not _answers(f"http://127.0.0.1:{port}/v1/models"):
-            assert server.poll() is None and time.monotonic() - start < 300, log.read_text()[-3000:]
-            time.sleep(0.5)
-        print(f"vLLM served after {time.monotonic() - start:.0f} s")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(60)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=1) as reply:
-            return reply.status == 200
-    except OSError:
-        return False
+    with vllm_server(tmp_path_factory.mktemp("vllm") / "log") as address:
+        yield address
 
 
 def write_data(folder: Path, count: int) -> Path:

@@ -7,6 +7,7 @@ representative of each, `make test-all` the product.
 import json
 import pickle
 import random
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,23 +23,40 @@ from safetensors.torch import load_file
 from training import COLOURS, largest_gap, launch, make_run, make_samples, tiny_model, uneven
 from transformers import TrainerCallback
 
+import mcit.pipeline.entering as entering
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 import mcit.pipeline.stage as stage_script
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.serving import read_serving
 from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods import METHODS, Method
+from mcit.pipeline.preemption import Preempted
 from mcit.pipeline.recipe import ModulesConfig, load_recipe
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
 SETTINGS: dict[str, dict[str, Any]] = {
+    "der": {"buffer": 8, "per_batch": 3, "weight": 0.1, "label_weight": 0.5},
+    "ewc": {"weight": 0.1, "samples": 8},
+    "fpf": {"times": 2, "steps": 2, "buffer": 8, "per_batch": 3},
     "gere": {"per_batch": 3, "weight": 1},
+    "ilora": {"buffer": 8, "per_batch": 3, "decay": 0.5},
+    "interference": {"per_batch": 3},
+    "l2": {"weight": 0.1},
+    "l2p": {"pool": 4, "length": 2, "top": 2},
+    "moelora": {"experts": 2},
+    "mas": {"weight": 0.01, "samples": 8},
     "moextend": {"experts": 2, "layers": [1]},
+    "olora": {"weight": 0.01},
+    "refresh": {"step": 1e-2, "samples": 8},
     "reglora": {"weight": 100},
+    "replay": {"buffer": 8, "per_batch": 3},
 }
 # Where it does not train LoRA on the language model: what it trains instead, in which model.
 MIXTURE = tempfile.TemporaryDirectory(prefix="mcit-mixture-")
 EXPERTS = {f"model.language_model.layers.1.mlp.{part}" for part in ("gate.rows", "experts.new.gate_up_proj")}
+# The share of the adapters that trains: of five blocks two; of 20 matrices of attention half, of 15 of the MLPs seven.
+PART = {"freeze": 2 / 5, "hft": 17 / 35}
 EXPERTS |= {"model.language_model.layers.1.mlp.experts.new.down_proj"}
 
 RECIPE = """
@@ -118,11 +136,15 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Train:
     """Trains both stages with `method: section`, each once: `overrides` are those of stage 2."""
 
-    def run_one(run: Path, k: int, paradigm: str, *overrides: str) -> Trained:
+    def run_one(run: Path, k: int, paradigm: str, *overrides: str, stop_after: int | None = None) -> Trained:
         kept: dict[str, Any] = {"states": {}}
-        save, make_trainer = stage_script._save_state, {"sft": sft, "rft": rft}[paradigm].make_trainer
+        save, make_trainer = stage_script.save_state, {"sft": sft, "rft": rft}[paradigm].make_trainer
 
         class Look(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if state.global_step == stop_after:
+                    signal.raise_signal(signal.SIGTERM)
+
             def on_train_end(self, *args: Any, model: Any, **_: Any) -> None:
                 kept.update(
                     after=snapshot(model), trainable={n for n, p in model.named_parameters() if p.requires_grad}
@@ -139,7 +161,7 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             save(folder, name, state)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(stage_script, "_save_state", keep)
+            patch.setattr(stage_script, "save_state", keep)
             stage_script.run_stage(load_recipe(prepared[1], overrides), k, run, paradigm, make)
         return Trained(
             run / "stages" / STAGES[k - 1],
@@ -151,27 +173,47 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         )
 
     @cache
-    def first(method: str) -> Trained:
+    def first(method: str, lineage: str) -> Trained:
         run = tmp_path_factory.mktemp("first")
         link(prepared[0], run, "00-base")
-        return run_one(run, 1, "sft", *keys(method, "stack", "sft"), *TEACH)
+        return run_one(run, 1, "sft", *keys(method, lineage, "sft"), *TEACH)
 
     @cache
     def second(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
-        one, run = first(method), tmp_path_factory.mktemp("second")
+        one, run = first(method, first_lineage(method)), tmp_path_factory.mktemp("second")
         link(one.folder.parents[1], run, "00-base", "01-colour")
         return [one, run_one(run, 2, paradigm, *keys(method, lineage, paradigm), *overrides)]
 
-    return lambda section, *rest: second(json.dumps(section), *rest)
+    def stopped(method: str, lineage: str, paradigm: str, *overrides: str) -> list[Trained]:
+        """The second stage, stopped by a signal after its steps (under GRPO where a generation batch ends)."""
+        one, run = first(method, first_lineage(method)), tmp_path_factory.mktemp("stopped")
+        link(one.folder.parents[1], run, "00-base", "01-colour")
+        every = *keys(method, lineage, paradigm), *overrides
+        for step in (1, 2, 3) if paradigm == "sft" else (1, 3, 5):
+            with pytest.raises(Preempted, match="stopped after step"):
+                run_one(run, 2, paradigm, *every, stop_after=step)
+        return [one, run_one(run, 2, paradigm, *every)]
+
+    def train(section: Section, *rest: str, stop: bool = False) -> list[Trained]:
+        return (stopped if stop else second)(json.dumps(section), *rest)
+
+    return train
+
+
+def first_lineage(method: str) -> str:
+    """Of stage 1, which is the same in all but its name; one that the methods have."""
+    allowed = [METHODS[name].lineages for name in json.loads(method)]
+    return next(
+        lineage for lineage in ("stack", "fold", "continue", "independent") if all(lineage in has for has in allowed)
+    )
 
 
 def keys(method: str, lineage: str, paradigm: str) -> list[str]:
     """What a recipe says of a stage, `method` as JSON."""
     resolved = [f"method={method}", f"train.lineage={lineage}", f"train.paradigm={paradigm}"]
-    carried = any(
-        METHODS[name](METHODS[name].Config(**settings)).carries for name, settings in json.loads(method).items()
-    )
-    return [*resolved, f"base_model.path={mixture()}"] if carried else resolved
+    resolved += ["train.modules.language=full"] if lineage == "full" else []
+    extended = json.loads(method).get("moextend", {}).get("experts", 0) > 0
+    return [*resolved, f"base_model.path={mixture()}"] if extended else resolved
 
 
 @cache
@@ -217,10 +259,25 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         for layer in target_names(tiny_model(), ModulesConfig())
         for factor in "AB"
     }
-    meant = {"moextend": EXPERTS}.get(name, adapter)
-    for stage in train(section(name), lineage, paradigm):
-        assert stage.trainable == meant and stage.before.keys() == stage.after.keys()
-        assert {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])} == meant
+    layers = target_names(tiny_model(), ModulesConfig())
+    whole = {parameter for parameter, _ in tiny_model().named_parameters() if ".visual." not in parameter}
+    adapted = {
+        "moextend": EXPERTS,
+        "moelora": {f"{layer}.{part}" for layer in layers for part in ("a", "b", "router")},
+        "osf": {
+            f"base_model.model.{layer}.osf_svd_params.default.{part}"
+            for layer in layers
+            for part in ("U_low", "S_low", "V_low")
+        },
+        "l2p": {f"model.language_model.prompt_pool.{part}" for part in ("keys", "prompts")},
+    }.get(name, adapter)
+    stages = zip(train(section(name), lineage, paradigm), ("stack", lineage), strict=True)
+    for stage, carried in stages:
+        meant = whole if carried == "full" else adapted
+        assert len(stage.trainable) == round(len(meant) * PART.get(name, 1)) and stage.trainable <= meant
+        assert stage.before.keys() == stage.after.keys()
+        changed = {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])}
+        assert changed == stage.trainable
 
 
 @every_way
@@ -231,9 +288,54 @@ def test_a_state_that_was_saved_trains_like_the_one_in_memory(
     for method, state in first.states.items():
         file = first.folder / "method" / f"{method}.safetensors"
         assert same(load_file(file) if file.exists() else {}, state)
-    monkeypatch.setattr(stage_script, "_load_state", lambda _, method: first.states[method.name])
+    monkeypatch.setattr(entering, "load_state", lambda _, name: first.states[name])
     again = train(section(name), lineage, paradigm, "seed=0")[1]  # the default, spelt out: trained once more
     assert again is not second and same(again.after, second.after)
+
+
+@pytest.mark.parametrize(
+    ("name", "lineage"),
+    take_one(
+        [
+            (name, lineage)
+            for name, method in METHODS.items()
+            if method.served is not Method.served and method.callbacks is Method.callbacks
+            for lineage in method.lineages
+        ],
+        ("magmax", "continue"),
+    ),
+)
+def test_what_is_evaluated_in_the_policys_place_leaves_training_alone(train: Train, name: str, lineage: str) -> None:
+    sequential, other = (train(method, lineage, "sft") for method in ({}, section(name)))
+    for one, two in zip(sequential, other, strict=True):
+        assert same(one.after, two.after)
+        serving = read_serving(two.folder)
+        assert (serving.kind, serving.path, serving.carried) == ("adapter", "adapter", "carried")
+        policy, carried, served = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (one.folder / "adapter", two.folder / "carried", two.folder / "adapter")
+        )
+        assert same(policy, carried) and not same(policy, served)
+
+
+@every_way
+def test_a_stage_that_is_stopped_again_and_again_is_one_that_never_was(
+    train: Train, name: str, lineage: str, paradigm: str
+) -> None:
+    """To the bit: weights, log, scores, methods' states and random numbers; with all that has a state of its own."""
+    args = {"optim": "adamw_torch", "lr_scheduler_type": "cosine", "learning_rate": 1e-3, "logging_steps": 2}
+    if paradigm == "rft":  # a generation batch, of two optimizer steps, ends before the stage does
+        args |= {"max_steps": 7, "steps_per_generation": 2}
+    more = [f"train.{paradigm}.args.{key}={value}" for key, value in args.items()]
+    more += ["train.lora.dropout=0.1", "eval.during={dense: 1, growth: 1, probes: 2}"]
+    whole, parts = (train(section(name), lineage, paradigm, *more, stop=stop)[1] for stop in (False, True))
+    assert same(whole.after, parts.after) and whole.randomness == parts.randomness
+    assert whole.states.keys() == parts.states.keys()
+    assert all(same(state, parts.states[method]) for method, state in whole.states.items())
+    assert untimed(whole.folder) == untimed(parts.folder) and len(untimed(whole.folder)) > 2
+    curves, others = (read_json(stage.folder / "during.json") for stage in (whole, parts))
+    assert curves == others and len(curves["steps"]) > 3
+    assert [path.name for path in parts.folder.parent.glob(".*")] == []
 
 
 @every_way
@@ -265,7 +367,7 @@ def test_two_processes_are_one(train: Train, prepared: tuple[Path, Path], tmp_pa
         if state:
             loaded = load_file(together / "method" / f"{method}.safetensors")
             assert loaded.keys() == state.keys()
-            close = {key: torch.isclose(loaded[key].float(), value.float(), 0, 1e-5) for key, value in state.items()}
+            close = {key: torch.isclose(loaded[key].float(), value.float(), 1e-3, 1e-5) for key, value in state.items()}
             equal = [mask.float().mean().item() for mask in close.values()]
             assert min(equal) > 0.99  # what a threshold decides may swap
 
@@ -281,6 +383,13 @@ def test_rollouts_train_alike_in_every_mode(
     folders = [in_two_processes(first, prepared[1], tmp_path / mode, name, "rft", mode) for mode in modes]
     for folder in folders[1:]:
         assert_same(folders[0], folder)
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    """A stage's log, without how long things took."""
+    rows = read_jsonl(folder / "train_log.jsonl")
+    timed = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
+    return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 
 def in_two_processes(
@@ -299,12 +408,18 @@ def in_two_processes(
 def assert_same(one: Path, two: Path) -> None:
     """Up to the order of summation: weights, losses, and the number of trained parameters."""
     parts = [path.relative_to(one) for path in one.glob("*/*model.safetensors")]  # adapter and delta, or a merged model
-    assert parts
+    assert parts and files(one) == files(two)
+    for config in one.glob("*/*config.json"):
+        assert config.read_bytes() == (two / config.relative_to(one)).read_bytes()
     for part in parts:
         assert largest_gap(*(load_file(folder / part) for folder in (one, two))) < 1e-5
     assert_same_losses(one, two, "loss")
     summaries = [read_json(folder / "trained.json") for folder in (one, two)]
     assert summaries[0]["trained_parameters"] == summaries[1]["trained_parameters"]
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 def assert_same_losses(one: Path, two: Path, *keys: str) -> None:

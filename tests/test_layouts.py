@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from mcit.data_prep.files import read_jsonl, write_jsonl
+from mcit.data_prep.forms import final_answer
 from mcit.data_prep.layouts import layout_names, load_layout
+from mcit.data_prep.mini import tasks as mini
 from mcit.data_prep.places import settle
 from mcit.data_prep.prepare import prepare_task, read_samples, read_task
 from mcit.data_prep.readers import read_rows
@@ -24,6 +26,7 @@ from mcit.pipeline.convert import convert_file
 from mcit.pipeline.layers import RECIPES
 from mcit.pipeline.probes import load_probe
 from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.reinforcement.rewards import Rewards, stated
 from mcit.pipeline.show import read_stage
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -71,6 +74,29 @@ def first(folder: Path, part: Any, at: int = 0) -> Sample:
 
 def said(sample: Sample) -> tuple[str, str]:
     return sample["prompt"][-1]["content"], sample["completion"][0]["content"]
+
+
+# --- Rewards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", [*(f"{stream}/stream" for stream in STREAMS), "mini/sequential", "mini/rft-think"])
+def test_gold_answers_earn_all_that_can_be_earned(recipe, benchmarks, cache, monkeypatch):
+    """Of every training sample: the right form, and as much accuracy as the best of its references."""
+    if recipe.startswith("mini/"):
+        monkeypatch.setattr(mini, "SIZES", {task: dict.fromkeys(sizes, 20) for task, sizes in mini.SIZES.items()})
+        folders = prepared(recipe, benchmarks, benchmarks / "small")
+    else:
+        folders = prepared(recipe, benchmarks, cache)
+    tasks = {name: read_task(folder) for name, folder in folders.items()}
+    rewards = Rewards(tasks, {"accuracy": 1.0}, set())
+    for folder in folders.values():
+        for sample in read_samples(folder, "train"):
+            gold, best = rewards.attain(sample)
+            assert gold == best > 0, sample
+            [score] = rewards.scores([sample], [stated(sample, final_answer(sample["completion"]))], [[]])
+            assert not score["format_ok"]  # without an end token it is cut off, and has no form
+            assert sample["prompt"][-1]["role"] == "user"  # the answer is in no turn before
+            assert sample["completion"][0] not in sample["prompt"]
 
 
 # --- Recipes ----------------------------------------------------------------------------------------------------------

@@ -2,29 +2,31 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from families import save_qwen3_vl_moe
 from peft import PeftModel
 from torch import nn
 from training import random_adapter, tiny_model
-from trl.trainer.utils import use_adapter
+from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.adapters import concat, load_adapter, lora_layers, rank, save_adapter
-from mcit.pipeline.arguments import check_reference
+from mcit.pipeline.arguments import check_modules, check_reference
 from mcit.pipeline.lineage import (
     PastLinear,
     enter,
     fold,
     freeze,
     leave,
-    set_reference,
     stack,
     target_names,
 )
 from mcit.pipeline.recipe import ModulesConfig, TrainConfig
+from mcit.pipeline.reinforcement.references import References
 
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
 Q, UP = "model.language_model.layers.1.self_attn.q_proj", "model.language_model.layers.4.mlp.up_proj"
@@ -140,31 +142,73 @@ def test_stages_start_from_different_factors(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("lineage", ["stack", "fold", "continue", "independent"])
-@pytest.mark.parametrize("reference", ["previous", "base"])
-def test_reference_policy(tmp_path, lineage: str, reference: str) -> None:
-    """What TRL's reference pass computes after training, against the entering policy and the base."""
+def test_reference_policies(tmp_path, lineage: str) -> None:
+    """Both references after training, against the entering policy and the base; then the policy is active again."""
     previous_logits = stages(lineage, tmp_path, 1)[0]
     base_logits = logits(tiny_model())
-    settings = config(lineage, reference=reference, paradigm="rft", rft={"args": {"beta": 0.1}})
+    settings = config(lineage)
     previous = tmp_path / "1" / "adapter"
     model = enter(tiny_model(), previous, settings)
     entering = logits(model)
-    model.add_adapter("ref", model.peft_config["default"])  # what GRPOTrainer does with a PeftModel and beta > 0
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    set_reference(model, previous, settings)
+    references = References(SimpleNamespace(model=model, previous=previous, stage=SimpleNamespace(train=settings)))
+    assert references.names == (["base"] if lineage == "independent" else ["base", "previous"])
     train(model, seed=7)
-    with use_adapter(model, "ref" if "ref" in model.peft_config else None):
-        seen = logits(model)
-    assert not torch.allclose(logits(model), entering, atol=1e-3)  # the policy moved on and is active again
+    policy = logits(model)
+    seen = {}
+    for name in ("base", "previous"):
+        with references.under(name) as under:
+            seen[name] = logits(under)
+    assert not torch.allclose(policy, entering, atol=1e-3) and torch.equal(policy, logits(model))
     if lineage == "independent":
         torch.testing.assert_close(entering, base_logits)
     else:
         torch.testing.assert_close(entering, previous_logits, rtol=0, atol=1e-4)
-    torch.testing.assert_close(seen, entering if reference == "previous" else base_logits, rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen["previous"], entering, rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen["base"], base_logits, rtol=0, atol=1e-4)
+    if lineage != "fold":
+        assert torch.equal(seen["base"], base_logits)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert trainable and all(".default." in name for name in trainable)
+
+
+def test_another_adapter_than_the_trained_one_is_refused() -> None:
+    """TRL would take it for its reference, or fail with a KeyError."""
+    settings = config("stack")
+    model = enter(tiny_model(), None, settings)
+    model.add_adapter("ref", model.peft_config["default"])
+    with pytest.raises(RuntimeError, match="trains one adapter, `default`, and the model has default, ref"):
+        References(SimpleNamespace(model=model, previous=None, stage=SimpleNamespace(train=settings)))
+
+
+@pytest.mark.parametrize(("vision", "projector"), [("frozen", "frozen"), ("full", "frozen"), ("frozen", "full")])
+def test_full_trains_the_weights_that_are_not_frozen(vision: str, projector: str) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    modules = {"language": "full", "vision": vision, "projector": projector}
+    assert enter(model, None, config("full", modules=modules)) is model
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    tower = {name for name, _ in model.named_parameters() if ".visual." in name}
+    merger = {name for name in tower if ".merger." in name}
+    assert len(tower) > len(merger) > 0
+    assert tower & trained == (tower - merger if vision == "full" else merger if projector == "full" else set())
+    assert {name for name, _ in model.named_parameters()} - tower <= trained  # embeddings and head among them
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_full_refuses_a_mixture_of_experts(tmp_path) -> None:
+    save_qwen3_vl_moe(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"train.lineage: does not train mixtures of experts"):
+        enter(model, None, config("full", modules={"language": "full"}))
+
+
+@pytest.mark.parametrize(
+    ("lineage", "part", "how"), [("full", "language", "lora"), ("full", "vision", "lora"), ("stack", "vision", "full")]
+)
+def test_adapters_and_weights_are_not_trained_under_each_others_lineage(lineage: str, part: str, how: str) -> None:
+    good = "full" if lineage == "full" else "lora"
+    check_modules(config(lineage, modules={"language": good}))
+    with pytest.raises(InputError, match=f"train.modules.{part}: is `{how}`, and lineage {lineage} trains {good}"):
+        check_modules(config(lineage, modules={"language": good, part: how}))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import EXPANSIONS, METHODS, Method, build_methods, expand, get_method
 from mcit.pipeline.recipe import TrainConfig
 
-PARADIGMS, LINEAGES = {"sft", "rft"}, {"stack", "fold", "continue", "independent"}
+PARADIGMS, LINEAGES = {"sft", "rft"}, {"stack", "fold", "continue", "independent", "full"}
 MODES = {"single", "ddp", "zero2", "zero3"}
+CATEGORIES = {"bound", "regularisation", "replay", "distillation", "data", "architecture", "merging", "schedule"}
 
 
 class Elsewhere(Method):
@@ -26,7 +27,7 @@ def train(**settings: str) -> TrainConfig:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_says_what_it_is(name: str) -> None:
     method = METHODS[name]
-    assert method.name == name and method.paper and method.category
+    assert method.name == name and method.paper and method.category in CATEGORIES and method.cost
     assert method.keeps in ("nothing", "general data", "past data")
     assert set(method.lineages) <= LINEAGES and set(method.paradigms) <= PARADIGMS and set(method.distributed) <= MODES
     assert method.lineages and method.paradigms and method.distributed
@@ -68,13 +69,14 @@ def test_sefe_is_its_two_parts() -> None:
     ("section", "message"),
     [
         ({"reglore": {}}, "method.reglore: no such method. Did you mean `reglora`?"),
-        ({"x": {}}, "Known: asd, gere, moextend, reglora, sefe, or module:Class"),
+        ({"x": {}}, "Known: asd, .*reglora, .*sefe, .*or module:Class"),
         ({"reglora": {"wait": 1}}, "method.reglora.wait: .*Known keys: key_fraction, weight, overlap"),
         ({"reglora": {"weight": -1}}, "method.reglora.weight: .*greater than or equal to 0"),
         ({"sefe": {"weight": 1}}, "method.sefe: has no part `weight`. It takes asd, reglora"),
         ({"no.module:Class": {}}, "method.no.module:Class: cannot be imported"),
         ({"collections:OrderedDict": {}}, "is not a subclass of"),
         ({"reglora": {}, "test_methods:Elsewhere": {}}, "method.elsewhere: does not work together with reglora"),
+        ({"reglora": {}, "moextend": {}}, "method.reglora: .*with moextend: it acts on LoRA, and there is none"),
     ],
 )
 def test_mistakes_are_one_clear_line(section: dict, message: str) -> None:
@@ -86,4 +88,4 @@ def test_mistakes_are_one_clear_line(section: dict, message: str) -> None:
 def test_a_method_from_elsewhere() -> None:
     assert get_method("test_methods:Elsewhere").name == "elsewhere"
     [method] = build_methods({"test_methods:Elsewhere": {}}, train(lineage="continue"))
-    assert method.data(None, []) == [] and method.callbacks() == [] and method.finish(None, []) == {}
+    assert method.data(None, [], {}, {}) == [] and method.callbacks() == [] and method.finish(None, []) == {}

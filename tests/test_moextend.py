@@ -15,7 +15,7 @@ from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import build_methods
 from mcit.pipeline.methods.moextend import MoExtendConfig
 from mcit.pipeline.methods.moextend.experts import Added, append, copies, count, extend, merge, nudged, trained
-from mcit.pipeline.methods.moextend.models import blocks_of
+from mcit.pipeline.methods.moextend.models import blocks_of, expert_bytes
 from mcit.pipeline.methods.moextend.usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
 from mcit.pipeline.recipe import TrainConfig
 
@@ -255,6 +255,15 @@ def test_it_trains_nothing_else() -> None:
     with pytest.raises(InputError, match="moextend trains nothing but its own weights"):
         build_methods({"moextend": {}}, train)
     build_methods({"moextend": {"experts": 0}}, train)
-    with pytest.raises(InputError, match=r"method\.moextend: does not work together with reglora"):
+    with pytest.raises(InputError, match=r"method\.reglora: does not work together with moextend"):
         build_methods({"reglora": {}, "moextend": {}}, TrainConfig())
     assert Added._fields == ("gate_up", "down", "rows")  # the names in a stage's state
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_what_an_expert_takes_is_known_from_shapes(folders: dict[str, Path], name: str) -> None:
+    """What is checked against the disk before anything is trained, against the tensors themselves."""
+    layers = [1] if name == "qwen3_vl" else "all"
+    said = expert_bytes(load(folders[name]), layers)
+    _, blocks = opened(folders[name])
+    assert said == sum(tensor.nbytes for block in blocks.values() for tensor in copies(block, [0])) > 0

@@ -312,6 +312,14 @@ def test_methods_that_do_not_fit_are_refused_with_the_file_that_asked(recipe_fil
         ("stream.zz.style=mcq", "command line: stream.zz.style: no such entry: zz. Known here: a, b"),
         ("train.lora.r=x", "command line: train.lora.r: Input should be a valid integer, not 'x'"),
         ("train.lora.r='8'", "command line: train.lora.r: Input should be a valid integer, not '8'"),
+        *(
+            (
+                f"train.checkpoint_every={value}",
+                "command line: train.checkpoint_every: is neither a number of steps nor a time (90s, 10m, 2h) nor "
+                f"`never`, not {shown}",
+            )
+            for value, shown in (("10x", "'10x'"), ("0", "0"), ("1.5", "1.5"), ("true", "True"), ("0m", "'0m'"))
+        ),
         ("train.lora.r=0", "command line: train.lora.r: Input should be greater than 0, not 0"),
         ("seed.x=1", "command line: seed: Input should be a valid integer"),
         ("seed", "command line: seed: is not of the form key=value"),
@@ -411,3 +419,41 @@ def test_the_cells_for_the_metrics_are_enough_for_all_of_them(seed):
 )
 def test_cells_of_the_choices(which, expected):
     assert needed_cells(which, 2, {"a": 1, "b": 2}) == expected
+
+
+def test_a_preset_lies_under_the_recipes_own_settings(tmp_path: Path) -> None:
+    """And is written out, so that loading it again changes nothing."""
+    overrides = ["train.paradigm=rft", "train.rft={preset: ctbench, args: {beta: 0.1}, rewards: {accuracy: 1.0}}"]
+    recipe = load_recipe("mini/sequential", overrides)
+    args = recipe.train.rft.args
+    assert (args["beta"], args["num_generations"], args["num_iterations"], args["epsilon"]) == (0.1, 4, 8, 0.15)
+    assert recipe.train.rft.rewards == {"accuracy": 1.0}
+    write_recipe(recipe, tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path).train == recipe.train
+
+
+def test_where_rollouts_are_made_is_no_part_of_a_stage() -> None:
+    here, there, other = (
+        load_recipe("mini/rft", [f"train.rft.rollout={{{rollout}}}"]).train.identity()
+        for rollout in (
+            "engine: server, url: 'http://a/v1', adapters: a",
+            "engine: server, url: 'http://b/v1', adapters: b, memory: 0.5",
+            "engine: vllm",
+        )
+    )
+    assert here == there != other and "sft" not in here
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.rft.rollout={engine: server}", "the engine server needs `url`"),
+        ("train.rft.rollout.url='http://a/v1'", "the engine transformers takes no `url`"),
+        ("train.rft.rewards={beauty: 1.0}", "`beauty` is neither accuracy, format nor module:function"),
+        ("train.rft.rif.rolouts=4", "unknown key. Did you mean `rollouts`?"),
+    ],
+)
+def test_rft_settings_that_make_no_sense(override: str, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_recipe("mini/rft", [override])
+    assert message in str(error.value)

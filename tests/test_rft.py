@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,16 +10,24 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from training import COLOURS, launch, make_run, make_samples, tiny_model, tiny_processor
+from transformers import AutoModelForImageTextToText
+from trl import GRPOTrainer
 
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import Sample
+from mcit.eval.serving import read_serving
 from mcit.pipeline.adapters import load_adapter
+from mcit.pipeline.arguments import make_config
 from mcit.pipeline.collator import Collator
 from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.reinforcement.prompts import check_roles
+from mcit.pipeline.reinforcement.rewards import Rewards
+from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
 from mcit.pipeline.stage import run_stage
+from mcit.pipeline.trainer import MethodLoss
 
 RECIPE = """
 method: {reglora: {weight: 100}}
@@ -112,22 +121,153 @@ def test_being_asked_while_it_trains_changes_nothing(trained: tuple[Path, Path],
     assert curves["steps"] == [0, 1, 3] and list(curves["tasks"]) == ["colour", "again"]
 
 
+FULL = ("train.lineage=full", "train.modules.language=full")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("lineage", ["stack", "fold", "continue"])
+@pytest.mark.parametrize("lineage", ["stack", "fold", "continue", "independent", "full"])
 @pytest.mark.parametrize("reference", ["previous", "base", "none"])
 def test_every_reference_with_every_lineage(
     trained: tuple[Path, Path], tmp_path: Path, lineage: str, reference: str
 ) -> None:
+    """KL to both policies is logged whichever is the reference; TRL's `kl`, the penalised one, is to that."""
     run, recipe = copy_run(trained, tmp_path), trained[1]
     overrides = ["method={}", f"train.lineage={lineage}", f"train.reference={reference}"]
+    overrides += FULL if lineage == "full" else []
+    if lineage == "independent":  # the base is right in nothing
+        overrides += ["train.rft.rewards={'test_rewards:brevity': 1.0}"]
     reinforce(run, recipe, 2, *overrides, *(["train.rft.args.beta=0.0"] if reference == "none" else []))
-    first = read_jsonl(run / "stages" / "02-again" / "train_log.jsonl")[0]
+    first, *_, last, _ = read_jsonl(run / "stages" / "02-again" / "train_log.jsonl")
+    assert abs(first["kl_previous"]) < 1e-4 and last["kl_previous"] > 1e-5
+    if lineage == "independent":  # it begins with the base
+        assert first["kl_base"] == first["kl_previous"]
+    else:
+        assert first["kl_base"] > 1e-2  # stage 1 moved the policy away from it
     if reference == "none":
         assert "kl" not in first
-    elif reference == "previous":
-        assert abs(first["kl"]) < 1e-4
     else:
-        assert first["kl"] > 1e-2  # stage 1 moved the policy away from the base
+        assert [row["kl"] for row in (first, last)] == pytest.approx([row[f"kl_{reference}"] for row in (first, last)])
+
+
+def test_the_loss_is_trls_own(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    """Under `stack` TRL's own reference is the previous policy: trained by TRL alone, the same weights to the bit."""
+
+    class Plain(MethodLoss, GRPOTrainer):
+        _get_train_sampler = StageGRPOTrainer._get_train_sampler
+
+    def by_trl(entered: Any) -> Any:
+        kept["model"] = entered.model
+        entered.processor.tokenizer.padding_side = "left"
+        rewards = Rewards(entered.tasks, entered.stage.train.rft.rewards, rft._end_tokens(entered))
+        trainer = Plain(
+            model=entered.model,
+            reward_funcs=rewards.functions,
+            args=make_config(entered, {"reward_weights": [0.9, 0.1], "use_bias_correction_kl": False}),
+            train_dataset=rft.prompt_dataset(entered.samples),
+            processing_class=entered.processor,
+            callbacks=entered.callbacks,
+        )
+        assert trainer.beta == 0.1
+        trainer.has_images = [True] * len(entered.samples)
+        return trainer
+
+    kept: dict[str, Any] = {}
+    ours, trls = (copy_run(trained, tmp_path / name) for name in ("ours", "trls"))
+    more = ("method={}", "train.rft.args.num_iterations=2", "train.rft.args.use_bias_correction_kl=false")
+    reinforce(ours, trained[1], 2, *more)
+    run_stage(load_recipe(trained[1], [*RFT, *more]), 2, trls, "rft", by_trl)
+    one, two = (load_file(run / "stages" / "02-again" / "delta" / "adapter_model.safetensors") for run in (ours, trls))
+    assert any(tensor.any() for tensor in one.values()) and all(torch.equal(one[name], two[name]) for name in one)
+    logs = [read_jsonl(run / "stages" / "02-again" / "train_log.jsonl")[:-1] for run in (ours, trls)]
+    for key in ("kl", "loss", "reward"):
+        assert [row.get(key) for row in logs[0]] == [row.get(key) for row in logs[1]]
+
+
+def test_full_tuning_leaves_a_whole_model_that_the_next_stage_enters(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """It enters the LoRA of stage 1; the model it leaves is the policy, and the reference of the stage after."""
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    before = PeftModel.from_pretrained(tiny_model(), run / "stages" / "01-colour" / "adapter").eval()
+    for k, name in ((2, "02-again"), (3, "03-words")):
+        model = reinforce(run, recipe, k, "method={}", *FULL, "train.rft.args.learning_rate=1e-4")
+        log = read_jsonl(run / "stages" / name / "train_log.jsonl")
+        assert abs(log[0]["kl_previous"]) < 1e-4 and log[0]["kl_base"] > 1e-2
+        serving = read_serving(run / "stages" / name)
+        assert (serving.kind, serving.path, serving.rank) == ("merged", "merged", None)
+        served = AutoModelForImageTextToText.from_pretrained(run / "stages" / name / "merged", dtype=torch.float32)
+        with torch.no_grad():
+            logits = served.eval()(input_ids=IDS).logits
+            torch.testing.assert_close(logits, model(input_ids=IDS).logits, rtol=0, atol=1e-5)
+            assert not torch.allclose(logits, before(input_ids=IDS).logits, atol=1e-4)
+        assert {path.name for path in (run / "stages" / name).iterdir()} == {
+            *("merged", "serving.json", "train_log.jsonl", "trained.json")
+        }
+        before = served
+    with pytest.raises(InputError, match="is a merged model, and a stage starts from the base or an adapter on it"):
+        reinforce(link_stage(run, tmp_path / "next", "03-words"), recipe, 3, "method={}")
+
+
+def link_stage(run: Path, to: Path, name: str) -> Path:
+    """A run whose second stage is another run's stage `name`."""
+    (to / "stages").mkdir(parents=True)
+    (to / "data").symlink_to(run / "data")
+    (to / "stages" / "02-again").symlink_to(run / "stages" / name)
+    return to
+
+
+@pytest.mark.parametrize(
+    "lineage", ["stack", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fold", "continue", "full"))]
+)
+def test_sft_then_grpo_is_one_stage(trained: tuple[Path, Path], tmp_path: Path, lineage: str) -> None:
+    """GRPO trains on what SFT has trained, and its reference is what SFT ended with."""
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    both = ("train.paradigm=sft+rft", f"train.lineage={lineage}", "method={}", *(FULL if lineage == "full" else ()))
+    both += ("train.sft.args.max_steps=5", "train.sft.args.learning_rate=1e-3", "train.rft.global_batch_size=8")
+    both += ("train.rft.args.temperature=2.0",)
+    with pytest.raises(InputError, match=r"stage 2 has no sft yet. Start pipeline/sft.py"):
+        reinforce(run, recipe, 2, *both)
+    run_stage(load_recipe(recipe, both), 2, run, "sft", sft.make_trainer)
+    folder = run / "stages" / "02-again"
+    assert not folder.exists() and (run / "stages" / ".02-again.sft").exists()
+    reinforce(run, recipe, 2, *both)
+    assert {path.name for path in (run / "stages").iterdir()} == {"00-base", "01-colour", "02-again"}
+    log = read_jsonl(folder / "train_log.jsonl")
+    sft_rows, rft_rows = [row for row in log if "reward" not in row], [row for row in log if "reward" in row]
+    assert sft_rows and abs(rft_rows[0]["kl_previous"]) < 1e-4 < 1e-2 < rft_rows[0]["kl_base"]
+    summary = read_json(folder / "trained.json")
+    assert (summary["sft"]["steps"], summary["steps"]) == (5, 3)
+    if lineage == "stack":
+        assert {factors.a.shape[0] for factors in load_adapter(folder / "delta").values()} == {4}
+        assert read_serving(folder).rank == 8
+
+
+def test_rloo_weighs_an_answer_against_the_others_to_its_prompt(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    run, recipe = copy_run(trained, tmp_path), trained[1]
+    seen: list[tuple[list[float], list[float]]] = []
+
+    def make(entered: Any) -> Any:
+        entered.processor.tokenizer.padding_side = "right"  # which would corrupt positions
+        trainer = rft.make_trainer(entered)
+        assert trainer.processing_class.tokenizer.padding_side == "left"
+        compute_loss = trainer.compute_loss
+
+        def watched(model: Any, inputs: Any, *rest: Any, **more: Any) -> Any:
+            loss = compute_loss(model, inputs, *rest, **more)
+            rewards = [0.9 * a + 0.1 * f for a, f in zip(*map(list, trainer._logs["rewards"].values()), strict=True)]
+            seen.append((inputs["advantages"].tolist(), rewards))
+            return loss
+
+        trainer.compute_loss = watched
+        return trainer
+
+    run_stage(load_recipe(recipe, [*RFT, "method={}", "train.rft.algorithm=rloo"]), 2, run, "rft", make)
+    assert len(seen) == 3
+    for advantages, rewards in seen:
+        groups = [rewards[i : i + 4] for i in range(0, 16, 4)]
+        wanted = [r - (sum(group) - r) / 3 for group in groups for r in group]
+        assert sorted(advantages) == pytest.approx(sorted(wanted), abs=1e-5)
+    assert any(max(advantages) > 0.1 for advantages, _ in seen)
 
 
 def test_the_penalty_does_not_depend_on_the_accumulation_split(trained: tuple[Path, Path], tmp_path: Path) -> None:
@@ -147,9 +287,8 @@ def test_the_penalty_does_not_depend_on_the_accumulation_split(trained: tuple[Pa
 
 def test_a_wrong_reference_is_noticed(trained: tuple[Path, Path], tmp_path: Path, monkeypatch: Any) -> None:
     run, recipe = copy_run(trained, tmp_path), trained[1]
-    right = rft.set_reference
-    wrong = lambda model, previous, train: right(model, previous, train.model_copy(update={"reference": "base"}))  # noqa: E731
-    monkeypatch.setattr(rft, "set_reference", wrong)
+    right = rft.References.under
+    monkeypatch.setattr(rft.References, "under", lambda self, name: right(self, "base"))
     with pytest.raises(RuntimeError, match="the first KL to the previous policy is"):
         reinforce(run, recipe, 2)
     assert not (run / "stages" / "02-again").exists()
@@ -163,7 +302,6 @@ def absolute(samples: list[Sample], run: Path) -> list[Sample]:
 @pytest.mark.parametrize("images", [0, 1, 2])
 def test_rollouts_start_from_the_training_prompt(trained: tuple[Path, Path], images: int) -> None:
     """TRL's own tokenization of our rows against the collator's prompt."""
-    from trl import GRPOTrainer
     from trl.data_utils import prepare_multimodal_messages
 
     samples = absolute(make_samples("colour", 3, images=images), trained[0])
@@ -182,18 +320,16 @@ def test_rollouts_start_from_the_training_prompt(trained: tuple[Path, Path], ima
     assert ("pixel_values" in fields) == bool(images)
 
 
-def test_rewards_are_the_evaluations_own() -> None:
-    [sample] = make_samples("colour", 1)
-    gold = sample["references"][0]
-    task = {"scorer": "short", "reward": "same"}
-    accuracy, form = rft.reward_functions({"colour": task}, ["accuracy", "format"], {7, 8})
-    long = "It might be one colour or the other, who knows, and then again it might not."
-    answers = [(gold, [3, 7]), (gold, [3, 3]), ("nothing", [3, 8]), (long, [7]), ("", [])]
-    completions = [[{"role": "assistant", "content": text}] for text, _ in answers]
-    call = {"completions": completions, "completion_ids": [ids for _, ids in answers], "sample": [sample] * 5}
-    assert accuracy(**call, prompts=None) == [1, 0, 0, 0, 0]  # the second was cut off before its end
-    assert form(**call, prompts=None) == [1, 0, 1, 0, 0]
-    assert [function.__name__ for function in (accuracy, form)] == ["accuracy", "format"]
+def test_a_template_without_a_system_role_is_refused_before_anything_is_drawn() -> None:
+    def dropping(chat: Any, **_: Any) -> str:
+        return "".join(part["text"] for turn in chat for part in turn["content"] if turn["role"] != "system")
+
+    plain, told = make_samples("words", 2, images=0)
+    told["prompt"] = [{"role": "system", "content": "Be brief."}, *told["prompt"]]
+    processor = SimpleNamespace(chat_template="…", apply_chat_template=dropping)
+    check_roles([plain], processor)
+    with pytest.raises(InputError, match=r"sample words-1 of words: prompt: .* has no system role"):
+        check_roles([plain, told], processor)
 
 
 def test_mistakes_are_one_clear_line(trained: tuple[Path, Path], tmp_path: Path) -> None:

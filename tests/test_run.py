@@ -10,6 +10,8 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json
+from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.child import ChildFailed, run_child
 from mcit.pipeline.layers import RECIPES
 from mcit.pipeline.locks import holder, locked
@@ -31,7 +34,7 @@ TINY = RECIPES / "mini" / "tiny_vlm"
 COLOURS = ("red", "green", "blue", "white")
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -162,11 +165,28 @@ def test_launchers(monkeypatch):
         Launch.named("zerro2")
     with pytest.raises(InputError, match="starts one process, not 2"):
         Launch.named("single", 2)
+    modes = [Launch.named(name, gpus).mode for name, gpus in [("single", 1), ("ddp", 1), ("ddp", 2), ("zero2", 2)]]
+    assert modes == ["single", "single", "ddp", "zero2"] and Launch.named("zero3").mode == "zero3"
+    with pytest.raises(InputError, match=r"multinode.yaml: is for 2 machines, and this is one"):
+        Launch.named("multinode")
+    four = Launch.named("multinode", 8, nodes=4)
+    assert (four.processes, four.mode) == (32, "ddp")
     assert (Launch.named("ddp").processes, Launch.named("ddp", 3).processes, Launch.named("single").processes) == (
         2,
         3,
         1,
     )
+
+
+def test_a_launch_that_a_method_does_not_work_under_is_refused_at_once(tmp_path):
+    with pytest.raises(
+        InputError, match=r"method.moextend: does not run under zero3. It runs under single, ddp, zero2"
+    ):
+        start_run(load_recipe("mini/moe"), tmp_path / "run", Launch.named("zero3"), quiet())
+    with pytest.raises(InputError, match=r"eval.during: does not run under zero3"):
+        recipe = load_recipe("mini/sequential", ["eval.during={}"])
+        start_run(recipe, tmp_path / "run", Launch.named("zero3"), quiet())
+    assert not (tmp_path / "run").exists()
 
 
 # --- A whole run ------------------------------------------------------------------------------------------------------
@@ -248,7 +268,7 @@ def test_a_killed_run_continues_from_the_last_finished_step(folder):
 
     prepared = stamps(folder)
     kill_when(start_mcit(folder), (folder / "run" / "logs" / "train-1.log").exists)  # inside stage 1
-    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None, 30)
+    wait_for(lambda: holder(folder / "run" / "steps" / "train-1.lock") is None)
     assert states(run)["train/1"] == "left"
     assert {name: stamps(folder)[name] for name in prepared} == prepared
 
@@ -297,12 +317,13 @@ def test_a_finished_run_has_nothing_to_do(folder):
 def test_what_is_redone_follows_from_what_changed(folder):
     """By fingerprints alone, without doing it."""
 
-    def left(*overrides: str) -> list[str]:
-        run = Run(load_recipe(folder / "two.yaml", overrides), folder / "run", Launch.named("single"))
+    def left(*overrides: str, launch: str = "single") -> list[str]:
+        run = Run(load_recipe(folder / "two.yaml", overrides), folder / "run", Launch.named(launch))
         return [name for name, state in states(run).items() if state == "left"]
 
     evaluation = ["evaluate", "results", "report"]
-    assert left() == []
+    assert left() == left(launch="zero2") == []  # hardware is no part of anything
+    assert left("train.checkpoint_every=5") == ["results", "report"]  # they show the recipe
     assert left("name=other") == ["results", "report"]
     assert left("eval.max_new_tokens=5") == evaluation
     assert left("eval.constrained=false") == left("eval.image_probe=2") == evaluation
@@ -429,3 +450,36 @@ def test_bad_input_is_one_line_before_any_training(folder, overrides, line):
         run = start_run(load_recipe(folder / "two.yaml", overrides), folder / "bad", Launch.named("single"), quiet())
         perform_steps(run, run.preparation(), quiet())
     assert not (folder / "bad" / "data").exists()
+
+
+def test_a_stage_of_two_phases_goes_on_with_the_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SFT left is used again after a GRPO that failed, unless what it depends on has changed."""
+    trained, phases, task = (
+        [],
+        ["sft", "rft"],
+        {"name": "counting", "train_hash": "1", "scorer": "mcq", "reward": "same"},
+    )
+    row0 = Serving(stage=0, name="base", kind="base", base="m", dtype="float32", base_hash="b", hash="b")
+    write_serving(tmp_path / "stages" / "00-base", row0)
+    done = SimpleNamespace(done=lambda: {"policy": "b", "state": None})
+    monkeypatch.setattr(Run, "check", lambda self: done)
+    monkeypatch.setattr(Run, "task", lambda self, name: task)
+
+    def fails_in_grpo(self: Run, stage: Any, phase: str, *rest: Any) -> None:
+        trained.append(phase)
+        if phase == "rft":
+            raise ChildFailed("out of memory")
+        (self.dir / "stages" / stage.half_folder).mkdir()
+
+    monkeypatch.setattr(Run, "_train", fails_in_grpo)
+    recipe = load_recipe("mini/joint")
+    step = Run(recipe, tmp_path, Launch.named("single")).train(recipe.stages[0])
+    for expected in (phases, ["rft"]):
+        with pytest.raises(ChildFailed):
+            step.work(print, 0)
+        assert trained == expected
+        trained.clear()
+    task["train_hash"] = "2"
+    with pytest.raises(ChildFailed):
+        step.work(print, 0)
+    assert trained == phases

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 from random_model import RANDOM as TINY
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 import mcit.recipes
 from mcit.data_prep.files import hash_rows, read_json, write_json, write_jsonl
-from mcit.data_prep.schema import Sample
+from mcit.data_prep.schema import Config, Sample
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.adapters import Adapter, Factors
 from mcit.pipeline.methods import Method, StepView
@@ -128,9 +129,16 @@ def make_run(
 
 
 def launch(
-    run: Path, recipe: Path, mode: str, processes: int, *overrides: str, stage: int = 2, script: str = "sft"
-) -> None:
-    """Train a stage as a user would start it alone: by path, through accelerate."""
+    run: Path,
+    recipe: Path,
+    mode: str,
+    processes: int,
+    *overrides: str,
+    stage: int = 2,
+    script: str = "sft",
+    fails: bool = False,
+) -> str:
+    """Train a stage as a user would start it alone: by path, through accelerate. What it said."""
     root = Path(mcit.recipes.__file__).parents[1]
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
@@ -139,9 +147,10 @@ def launch(
         *("--recipe", str(recipe), "--stage", str(stage), "--run-dir", str(run), *overrides),
     ]
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=400
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=800
     )
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert bool(done.returncode) == fails, done.stderr[-4000:]
+    return done.stdout + done.stderr
 
 
 def largest_gap(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
@@ -166,3 +175,50 @@ class MeanLength(Method):
     def loss(self, view: StepView) -> torch.Tensor | None:
         own = view.inputs["labels"][: len(view.inputs["labels"]) - view.replayed]
         return view.share * (own != -100).sum(1).float().mean()
+
+
+def letters(answer: str, references: Sequence[str], sample: Sample) -> float:
+    """A reward that answers of a model that knows nothing earn more or less of."""
+    return min(100.0, 5.0 * sum(map(str.isalpha, answer)))
+
+
+class StopConfig(Config):
+    """`method: {"training:Stop": {…}}`."""
+
+    step: int
+    unless: str  # this file exists
+
+
+class Stop(Method):
+    """Asks its second process to stop after a step, once."""
+
+    name, paper, category, keeps = "training:Stop", "none", "regularisation", "nothing"
+    Config = StopConfig
+
+    def callbacks(self) -> list[TrainerCallback]:
+        step, once = self.config.step, Path(self.config.unless)
+
+        class Raise(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+                if state.global_step == step and args.process_index == 1 and not once.exists():
+                    once.touch()
+                    signal.raise_signal(signal.SIGTERM)
+
+        return [Raise()]
+
+
+class Growing(Method):
+    """A term that grows with each step, by a count that nobody but the method keeps."""
+
+    name, paper, category, keeps = "training:Growing", "none", "regularisation", "nothing"
+    count = 0
+
+    def loss(self, view: StepView) -> torch.Tensor | None:
+        self.count += 1
+        return self.count * sum(p.square().sum() for p in view.model.parameters() if p.requires_grad)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..answers import sentences
+from ..endpoint import Answer, Endpoint, Picture, Prompt, Question
 from ..schema import Style
 from .acceptance import LONGEST_OPTION, accept_explanation, accept_wrong, read_reply
-from .endpoint import Answer, Endpoint, Picture, Question
-from .prompts import VERSION, Prompt, ask_explanation, ask_wrong
+from .prompts import VERSION, ask_explanation, ask_wrong
 from .rules import Rules
 from .turns import Job, Material, Turn, Unreachable
 

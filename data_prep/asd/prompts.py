@@ -5,8 +5,8 @@ answer is a JSON object whose keys the schema fixes; plain string properties are
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
+from ..endpoint import Prompt
 from ..schema import Style
 from .turns import Job, Turn
 
@@ -30,14 +30,6 @@ _WORDS: dict[Style, str] = {
     "brief": "in one sentence of about 20 words",
     "detailed": "in two to four sentences, about 50 words in all",
 }
-
-
-class Prompt(NamedTuple):
-    """One request's words and the JSON schema of the reply."""
-
-    system: str
-    user: str
-    schema: dict[str, Any]
 
 
 def ask_wrong(job: Job, count: int) -> Prompt:

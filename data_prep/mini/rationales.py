@@ -6,9 +6,12 @@ rubrics of MLLM-CTBench: `grounding` (what the picture shows), `knowledge` (what
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..errors import InputError
+from ..schema import Sample
 from . import world
 
 TASKS = ("digits", "counting", "spatial", "grounding", "arithmetic")
@@ -78,6 +81,33 @@ def check(task: str, program: Program, rationale: str) -> list[Step]:
         "arithmetic": _check_arithmetic,
     }[task]
     return checker(program, sentences)
+
+
+def rate(sample: Sample, rationale: str) -> dict[str, float]:
+    """Scores 0–100 of a rationale to a sample of the mini stream, in each dimension that its task has: a judge that
+    never errs, `eval.judge: mcit.data_prep.mini.rationales:rate`.
+
+    Of a dimension, 100 · (steps of it that hold) / max(steps of it in the gold rationale, steps of it that were said +
+    unreadable sentences): what is wrong, what is missing and what is babble all count against it.
+    """
+    program = (sample.get("meta") or {}).get("program")
+    if not isinstance(program, dict):
+        raise InputError("is no sample of the mini stream: it has no program", field=f"sample {sample['id']}")
+    task = _task_of(program)
+    steps = check(task, program, rationale)
+    wanted = Counter(step.kind for step in check(task, program, explain(task, program)))
+    said, holding = Counter(step.kind for step in steps), Counter(step.kind for step in steps if step.ok)
+    return {
+        kind: 100 * holding[kind] / max(count, said[kind] + said["unreadable"])
+        for kind in ("logic", "grounding", "knowledge")
+        if (count := wanted[kind])
+    }
+
+
+def _task_of(program: Program) -> str:
+    """The task that made a program, whatever a recipe calls it."""
+    keys = {"relation": "spatial", "scene": "counting", "chart": "grounding", "terms": "arithmetic"}
+    return next((task for key, task in keys.items() if key in program), "digits")
 
 
 def _read(pattern: str, sentence: str) -> tuple[str, ...] | None:

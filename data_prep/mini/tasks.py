@@ -194,8 +194,31 @@ def arithmetic(part: str, tuning: bool = False) -> Iterator[dict]:
         yield _sample("arithmetic", part, number, program, None, "number")
 
 
+def aloud(reader: Callable[..., Iterator[dict]], part: str) -> Iterator[dict]:
+    """The same samples, asked for `<think>…</think><answer>…</answer>`, with the gold rationale before each answer."""
+    for sample in reader(part):
+        meta, [answer] = sample["meta"], sample["completion"]
+        prompt = build_prompt(meta["question"], sample["style"], options=meta.get("options"), reasoning="think")
+        said = f"<think>{meta['gold_think']}</think><answer>{answer['content']}</answer>"
+        yield sample | {
+            "prompt": [{"role": "user", "content": prompt}],
+            "completion": [{"role": "assistant", "content": said}],
+            "reasoning": "think",
+        }
+
+
 tuning_digits = partial(digits, tuning=True)
 tuning_counting = partial(counting, tuning=True)
 tuning_spatial = partial(spatial, tuning=True)
 tuning_grounding = partial(grounding, tuning=True)
 tuning_arithmetic = partial(arithmetic, tuning=True)
+think_digits = partial(aloud, digits)
+think_counting = partial(aloud, counting)
+think_spatial = partial(aloud, spatial)
+think_grounding = partial(aloud, grounding)
+think_arithmetic = partial(aloud, arithmetic)
+tuning_think_digits = partial(aloud, tuning_digits)
+tuning_think_counting = partial(aloud, tuning_counting)
+tuning_think_spatial = partial(aloud, tuning_spatial)
+tuning_think_grounding = partial(aloud, tuning_grounding)
+tuning_think_arithmetic = partial(aloud, tuning_arithmetic)

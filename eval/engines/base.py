@@ -32,6 +32,16 @@ class Policy:
         return str(self.folder / str(self.serving.path)) if self.serving.kind == "merged" else self.serving.base
 
     @property
+    def extension(self) -> Path | None:
+        """The folder of modules that a method adds to the base."""
+        return self.folder / str(self.serving.path) if self.serving.kind == "extended" else None
+
+    @property
+    def by_itself(self) -> bool:
+        """Whether it has weights of its own, and so an engine."""
+        return self.serving.kind in ("extended", "merged")
+
+    @property
     def revision(self) -> str | None:
         """The Hub revision of `model`."""
         return None if self.serving.kind == "merged" else self.serving.revision
@@ -40,7 +50,9 @@ class Policy:
     def engine_key(self) -> str:
         """Policies with equal keys can share an engine."""
         serving = self.serving
-        return hash_json([self.model, self.revision, serving.dtype, serving.processor, serving.trust_remote_code])
+        extension = [str(self.extension)] if self.extension else []
+        settings = [serving.dtype, serving.processor, serving.trust_remote_code]
+        return hash_json([self.model, self.revision, *settings, *extension])
 
     def base(self) -> "Policy":
         """The untouched base of this policy, as a policy."""
@@ -172,8 +184,8 @@ def load_config(policy: Policy) -> Any:
 
 
 def unadapted(policies: Sequence[Policy]) -> set[str]:
-    """The hashes of what an engine with `policies` serves by its weights alone: a merged model, or the base."""
-    return {p.serving.hash if p.serving.kind == "merged" else p.serving.base_hash for p in policies}
+    """The hashes of what an engine with `policies` serves without an adapter: a policy by itself, or the base."""
+    return {p.serving.hash if p.by_itself else p.serving.base_hash for p in policies}
 
 
 def render(processor: Any, request: Request) -> str:

@@ -11,6 +11,7 @@ import torch
 from mcit.data_prep.chat import open_image, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.eval.config import EvalConfig
+from mcit.eval.extension import IGNORED, extend
 
 from .base import (
     Policy,
@@ -57,8 +58,11 @@ class TransformersEngine:
             first.model,
             revision=first.revision,
             trust_remote_code=first.serving.trust_remote_code,
+            use_safetensors=True,  # never a pickle
             dtype=getattr(torch, first.serving.dtype),
         )
+        if first.extension:
+            extend(model, first.extension)
         # The model's own generation defaults (a repetition penalty, a temperature) would change greedy answers.
         self.ends = end_tokens(first, self.processor.tokenizer)
         model.generation_config = GenerationConfig(
@@ -142,7 +146,8 @@ class TransformersEngine:
             inputs = self._inputs([request], [text])
             ids = inputs["input_ids"]
             with self._active(request.policy):
-                logits = self.model(**inputs).logits[0, -count - 1 : -1].float()  # [count, vocabulary]
+                told = {"labels": _labels(ids, count)} if request.policy.extension else {}
+                logits = self.model(**inputs, **told).logits[0, -count - 1 : -1].float()  # [count, vocabulary]
             picked = logits.log_softmax(-1).gather(1, ids[0, -count:, None])[:, 0]
             results.append(Scored(ids[0, :-count].tolist(), picked.tolist()))
         return results
@@ -206,3 +211,10 @@ def load_lora(model: Any, policy: Policy) -> Any:
         problem = f"{len(live ^ stored)} tensors do not fit the base model, the first: {min(live ^ stored)}"
         raise InputError(problem, where=policy.adapter, remedy=remedy)
     return model
+
+
+def _labels(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """What tells a model with an extension where a question ends: the last `count` tokens are its answer."""
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -count:] = ids[:, -count:]
+    return labels

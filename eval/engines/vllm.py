@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.chat import open_image, tokenizer_options
@@ -58,6 +59,7 @@ class VllmEngine:
     """An in-process `vllm.LLM`. Adapters are named by content hash, so that no cache can mistake one for another."""
 
     name = "vllm"
+    _copy = contextlib.ExitStack()  # holds the merged copy that is served, if one is
 
     def __init__(self, policies: Sequence[Policy], config: EvalConfig, max_images: int):
         """Start vLLM on the model of `policies` (they share it) and load their adapters.
@@ -68,19 +70,20 @@ class VllmEngine:
         """
         first, merged = policies[0], max(map(lora_rank, policies)) > MAX_RANK
         adapters = [policy for policy in policies if policy.adapter is not None and not merged]
-        rank = max_lora_rank(max(map(lora_rank, adapters), default=0))
+        rank = max(map(lora_rank, adapters), default=0)
         self.processor = load_processor(first.serving)
-        self.slots = min(len(adapters), max(1, SLOT_RANKS // rank))
+        self.slots = min(len(adapters), max(1, SLOT_RANKS // max_lora_rank(rank)))
         self._loras: dict[str, LoRARequest | None] = dict.fromkeys(unadapted(policies))
+        self._numbers = count(1)  # of adapters: none is given out twice
         with contextlib.ExitStack() as copy:
-            model = first.model
+            settings: dict[str, Any] = {}
             if merged:
                 from .merging import merged_copy
 
                 [policy] = policies
-                model = str(copy.enter_context(merged_copy(policy, cache_dir())))
+                settings = {"model": str(copy.enter_context(merged_copy(policy, cache_dir()))), "revision": None}
                 self.name, self._loras = MERGED, {policy.serving.hash: None}
-            self._llm = self._start(first, model, config, max_images, len(adapters), rank)
+            self._llm = self._start(first, config, max_images, len(adapters), rank, **settings)
             self._copy = copy.pop_all()
         try:
             self.ends = end_tokens(first, self.processor.tokenizer)
@@ -93,7 +96,9 @@ class VllmEngine:
             self.close()
             raise
 
-    def _start(self, first: Policy, model: str, config: EvalConfig, max_images: int, adapters: int, rank: int) -> Any:
+    def _start(
+        self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
+    ) -> Any:
         serving = first.serving
         lora: dict[str, Any] = {}
         if adapters:
@@ -101,7 +106,7 @@ class VllmEngine:
                 "enable_lora": True,
                 "max_loras": self.slots,
                 "max_cpu_loras": adapters,
-                "max_lora_rank": rank,
+                "max_lora_rank": max_lora_rank(rank),
             }
         try:
             import torch
@@ -112,23 +117,24 @@ class VllmEngine:
                 from .vllm_cpu import install
 
                 install()
-            return LLM(
-                model,
-                tokenizer=serving.base,
-                revision=first.revision if model == first.model else None,
-                tokenizer_revision=serving.revision,
-                trust_remote_code=serving.trust_remote_code,
-                dtype=serving.dtype,
-                mm_processor_kwargs=serving.processor or None,
-                limit_mm_per_prompt={"image": max_images, "video": 0},
-                max_model_len=config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
+            usual: dict[str, Any] = {
+                "model": first.model,
+                "tokenizer": serving.base,
+                "revision": first.revision,
+                "tokenizer_revision": serving.revision,
+                "trust_remote_code": serving.trust_remote_code,
+                "load_format": "safetensors",  # never a pickle
+                "dtype": serving.dtype,
+                "mm_processor_kwargs": serving.processor or None,
+                "limit_mm_per_prompt": {"image": max_images, "video": 0},
+                "max_model_len": config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
                 # The library of the transformers engine too: held to a pattern, both give the same answers.
-                structured_outputs_config={"backend": "guidance"},
-                use_tqdm_on_load=False,
-                enforce_eager=not torch.cuda.is_available(),
-                seed=0,
-                **lora,
-            )
+                "structured_outputs_config": {"backend": "guidance"},
+                "use_tqdm_on_load": False,
+                "enforce_eager": not torch.cuda.is_available(),
+                "seed": 0,
+            }
+            return LLM(**usual | lora | settings)
         except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineFailed(f"vLLM did not start: {reason[:500]}") from error
@@ -147,13 +153,13 @@ class VllmEngine:
 
         if policy.serving.hash in self._loras:
             return
-        remedy = "Set eval.engine to transformers, or train what vLLM serves: LoRA on the language model"
+        remedy = "Use the transformers engine, or train what vLLM serves: LoRA on the language model"
         config, names = adapter_config(policy), adapter_tensors(policy)
         # vLLM reads neither of these and would scale every module alike.
         for key in ("alpha_pattern", "rank_pattern"):
             if config.get(key):
                 raise InputError("is not applied by vLLM", where=policy.adapter, field=key, remedy=remedy)
-        number = 1 + sum(lora is not None for lora in self._loras.values())
+        number = next(self._numbers)
         lora = LoRARequest(policy.serving.hash, number, str(policy.adapter))
         try:
             self._llm.llm_engine.add_lora(lora)
@@ -169,6 +175,12 @@ class VllmEngine:
                 remedy=remedy,
             )
         self._loras[policy.serving.hash] = lora
+
+    def remove(self, policy: Policy) -> None:
+        """Have vLLM forget an adapter."""
+        lora = self._loras.pop(policy.serving.hash)
+        if lora is not None:
+            self._llm.llm_engine.remove_lora(lora.lora_int_id)
 
     def stream(
         self, requests: Sequence[Request], max_new_tokens: int, then: Then | None = None
@@ -211,10 +223,10 @@ class VllmEngine:
         parameters = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         results = {}
         for index, output in self._run(requests, texts, deque(range(len(requests))), [parameters] * len(requests)):
-            ids, count = output.prompt_token_ids, counts[index]
-            rows = output.prompt_logprobs[-count:]
-            picked = [row[token].logprob for row, token in zip(rows, ids[-count:], strict=True)]
-            results[index] = Scored(list(ids[:-count]), picked)
+            ids, length = output.prompt_token_ids, counts[index]
+            rows = output.prompt_logprobs[-length:]
+            picked = [row[token].logprob for row, token in zip(rows, ids[-length:], strict=True)]
+            results[index] = Scored(list(ids[:-length]), picked)
         return [results[i] for i in range(len(requests))]
 
     def _order(self, requests: Sequence[Request]) -> list[int]:
@@ -287,6 +299,8 @@ class VllmEngine:
 
 def why_not_vllm(policy: Policy) -> str | None:
     """Why vLLM cannot serve a policy's model, or None if nothing speaks against it. Imports vLLM."""
+    if policy.extension:
+        return "it has no layers of a method's own"
     if importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"
     try:
@@ -299,8 +313,11 @@ def why_not_vllm(policy: Policy) -> str | None:
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest rank vLLM allows that holds `rank`, which is at most 512."""
-    return next(allowed for allowed in RANKS if rank <= allowed)
+    """The smallest rank vLLM allows that holds `rank`. Raises `EngineFailed` above 512."""
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise EngineFailed(f"an adapter of rank {rank} is more than vLLM serves, {RANKS[-1]}")
 
 
 def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:

@@ -41,6 +41,16 @@ def score_heatmap(result: Mapping[str, Any]) -> Heatmap:
     return _heatmap(result, "score", result["matrix"], result["stderr"])
 
 
+def reasoning_heatmap(result: Mapping[str, Any]) -> Heatmap | None:
+    """The matrix of reasoning scores, with the tasks that have some; None where no reasoning was judged."""
+    reasoning = result.get("reasoning")
+    if not reasoning:
+        return None
+    places = [i for i in range(len(result["tasks"])) if any(row[i] is not None for row in reasoning["n"])]
+    tables = [[[row[i] for i in places] for row in reasoning[key]] for key in ("matrix", "stderr")]
+    return _heatmap({**result, "tasks": [result["tasks"][i] for i in places]}, "score", *tables)
+
+
 def loss_heatmaps(result: Mapping[str, Any]) -> list[Heatmap]:
     """What each task has lost since it was learned, after each stage, above chance; none without constrained answers.
 

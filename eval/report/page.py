@@ -15,7 +15,7 @@ from ..compare import Comparison
 from ..results import read_results
 from .answers import data_uri, read_answers
 from .curves import write_curves_image
-from .heatmaps import colour, loss_heatmaps, score_heatmap, write_matrix_image
+from .heatmaps import colour, loss_heatmaps, reasoning_heatmap, score_heatmap, write_matrix_image
 from .stability import write_stability_image
 from .words import (
     METRICS,
@@ -27,6 +27,7 @@ from .words import (
     provenance,
     sentences,
     signed,
+    unscored,
     with_bounds,
 )
 
@@ -69,9 +70,6 @@ def write_report(
         curves=_image(out / "curves.png"),
         stability=_image(out / "stability.png"),
         colour=colour,
-        estimate=lambda part: with_bounds(
-            part["value"], (part["low"], part["high"]) if part["low"] is not None else None
-        ),
     )
     markdown = _template("report.md.j2", autoescape=False).render(facts, captions=_CAPTIONS)
     for name, text in (("index.html", page), ("report.md", markdown)):
@@ -89,6 +87,7 @@ def _facts(results: Sequence[Mapping[str, Any]], comparisons: Mapping[int, Compa
         "metrics": {name: METRICS[name] for name in METRICS if any(name in result["metrics"] for result in results)},
         "verdicts": VERDICTS,
         "differences": [difference_sentence(results[0]["name"], name, found) for name, found in named.items()],
+        "estimate": _estimate,
         "compared": {name: _compared(comparison) for name, comparison in named.items()},
     }
 
@@ -101,10 +100,17 @@ def _view(result: Mapping[str, Any]) -> dict[str, Any]:
         "sentences": sentences(result),
         "scores": score_heatmap(result),
         "losses": loss_heatmaps(result),
+        "reasoning": reasoning_heatmap(result),
+        "unscored": unscored(result),
         "metrics": {name: with_bounds(result["metrics"].get(name), bounds_of(result, name)) for name in METRICS},
         "old": old_task_verdicts(result),
         "provenance": provenance(result),
     }
+
+
+def _estimate(part: Mapping[str, Any]) -> str:
+    """`12.3 [10.1, 14.5]`."""
+    return with_bounds(part["value"], (part["low"], part["high"]) if part["low"] is not None else None)
 
 
 def _compared(comparison: Comparison) -> list[tuple[str, str, int]]:

@@ -16,6 +16,11 @@ METRICS = {  # the order of the table, and what each says
     "recoverable": "final answers on earlier tasks that are right but for their form, %",
     "TA": "CoIN's Truth Alignment: mean score after the last stage, in the form asked for",
     "KC": "its Knowledge Capability, by rules: the same of what the answers say, whatever their form",
+    "reasoning_MFT": "mean score of the reasoning right after a task was learned (tasks with chains of thought)",
+    "reasoning_MFN": "the same after the last stage",
+    "reasoning_MAA": "mean over stages of the mean reasoning score on what was learned so far",
+    "reasoning_BWT": "mean change of the reasoning score since learned (below 0: forgotten)",
+    "reasoning_forgetting": "mean drop from a task's best reasoning score",
     "general": "mean score on the general tasks after the last stage",
     "general_base": "the same of the untouched base",
     "general_nll": "nats a token of the general tasks' own answers, after the last stage (less is better)",
@@ -33,6 +38,12 @@ VERDICTS = {
     "wrong_format": "right content, wrong form (recoverable)",
     "wrong_content": "right form, wrong content",
     "wrong_both": "wrong form, and no right content found in it",
+}
+_UNSCORED = {
+    "absent": "answers came without reasoning (0)",
+    "cut": "were cut off while reasoning (no score)",
+    "unreadable": "got no readable verdict (no score)",
+    "refused": "were not taken by the judge (no score)",
 }
 _MOSTLY = 2 / 3  # of a loss: from here on it is called mostly one thing
 _LITTLE = 3.0  # points: a change of a mean that is not worth a sentence of alarm
@@ -64,7 +75,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
     """What else there is to say of a run, the most important first."""
-    return [text for text in (_levels(result), _old_answers(result), _general(result)) if text]
+    return [text for text in (_levels(result), _old_answers(result), _reasoning(result), _general(result)) if text]
 
 
 def worst_drop(result: Mapping[str, Any]) -> Drop | None:
@@ -121,6 +132,13 @@ def difference_sentence(first: str, name: str, comparison: Mapping[str, Any]) ->
         comparison["BWT"], "forgets less", "forgets more", "forgets no more and no less that can be told"
     )
     return f"{text} and {kept} (change since learned {signed(comparison['BWT'])})."
+
+
+def unscored(result: Mapping[str, Any]) -> str:
+    """What became of reasoning that has no score, or none to score; empty where all of it has one."""
+    cells = [cell for row in (result.get("reasoning") or {}).get("outcomes", ()) for cell in row if cell]
+    counts = {key: sum(cell[key] for cell in cells) for key in _UNSCORED}
+    return "; ".join(f"{counts[key]} {meaning}" for key, meaning in _UNSCORED.items() if counts[key])
 
 
 def provenance(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,6 +218,20 @@ def _old_answers(result: Mapping[str, Any]) -> str | None:
     if shares["wrong_format"] + shares["wrong_both"] > wrong / 2:
         return f"{text} Most of them are in a foreign answer style, which is what ASD is made against."
     return f"{text} Most of them have the right form: knowledge, not style, is what was lost."
+
+
+def _reasoning(result: Mapping[str, Any]) -> str | None:
+    """Which of reasoning and answers lost less, if that can be told."""
+    lost = (result.get("reasoning") or {}).get("mean")
+    if not lost:
+        return None
+    said = f"Since they were learned, earlier tasks lost {lost['reasoning']['value']:.1f} points of reasoning and "
+    said += f"{lost['answer']['value']:.1f} of answers"
+    found = {"difference": lost["difference"]["value"], **{key: lost["difference"][key] for key in ("low", "high")}}
+    told = _told_apart(
+        found, "reasoning outlived answers", "answers outlived reasoning", "the two cannot be told apart"
+    )
+    return f"{said}: {told}."
 
 
 def _general(result: Mapping[str, Any]) -> str | None:

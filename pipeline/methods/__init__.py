@@ -11,19 +11,67 @@ from mcit.data_prep.errors import InputError
 
 from .asd import Asd
 from .base import Method, StepView
+from .dare import Dare
+from .der import Der
+from .ewc import Ewc
+from .fpf import Fpf
+from .freeze import Freeze
 from .gere import Gere
+from .hft import Hft
+from .ilora import ILora
+from .interference import Interference
+from .interpolate import Interpolate
+from .l2 import L2
+from .l2p import L2P
+from .lwf import Lwf
+from .magmax import MagMax
+from .mas import Mas
+from .maxmerge import MaxMerge
+from .moelora import MoELora
 from .moextend import MoExtend
+from .olora import OLora
+from .osf import Osf
+from .refresh import Refresh
 from .reglora import RegLora
+from .replay import ExperienceReplay
+from .ties import Ties
 
 if TYPE_CHECKING:
     from ..recipe import TrainConfig
 
 __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
 
-METHODS: dict[str, type[Method]] = {"asd": Asd, "gere": Gere, "moextend": MoExtend, "reglora": RegLora}
+METHODS: dict[str, type[Method]] = {
+    "asd": Asd,
+    "dare": Dare,
+    "der": Der,
+    "ewc": Ewc,
+    "fpf": Fpf,
+    "freeze": Freeze,
+    "gere": Gere,
+    "hft": Hft,
+    "ilora": ILora,
+    "interference": Interference,
+    "interpolate": Interpolate,
+    "l2": L2,
+    "l2p": L2P,
+    "lwf": Lwf,
+    "magmax": MagMax,
+    "mas": Mas,
+    "maxmerge": MaxMerge,
+    "moelora": MoELora,
+    "moextend": MoExtend,
+    "olora": OLora,
+    "osf": Osf,
+    "refresh": Refresh,
+    "reglora": RegLora,
+    "replay": ExperienceReplay,
+    "ties": Ties,
+}
 
 # Names that stand for several methods with the settings of one paper.
 EXPANSIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "derpp": {"der": {"label_weight": 0.5}},  # beta: DER++ (one of the paper's values)
     "sefe": {
         "asd": {"fraction": 0.2, "converter": "rules"},  # 20 %: SEFE (page); it converts by LLM, rules are ours
         "reglora": {"key_fraction": 0.02, "weight": 2500},  # SEFE (code)
@@ -77,16 +125,29 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
     methods = [get_method(name)(_validate(name, settings)) for name, settings in expand(section).items()]
     for method in methods:
         _require(method, "lineage", train.lineage, method.lineages)
-        _require(method, "paradigm", train.paradigm, method.paradigms)
+        for phase in train.phases:
+            _require(method, "paradigm", phase, method.paradigms)
         if method.carries and {train.modules.projector, train.modules.vision} != {"frozen"}:
             problem = f"{method.name} trains nothing but its own weights"
             raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")
         for other in methods:
-            if other.name in method.conflicts:
-                raise InputError(
-                    f"does not work together with {other.name}", where="recipe", field=f"method.{method.name}"
-                )
+            if other is not method and (reason := _conflict(method, other)) is not None:
+                problem = f"does not work together with {other.name}{reason}"
+                raise InputError(problem, where="recipe", field=f"method.{method.name}")
     return methods
+
+
+def _conflict(method: Method, other: Method) -> str | None:
+    """Why two methods exclude each other: words to go on with, or None if they do not."""
+    if other.name in method.conflicts:
+        return ""
+    if method.needs_lora and other.carries:
+        return ": it acts on LoRA, and there is none"
+    if method.carries and other.carries:
+        return ": each has the policy in weights of its own"
+    if all(type(one).served is not Method.served for one in (method, other)):
+        return ": each has something else evaluated"
+    return None
 
 
 def _validate(name: str, settings: Mapping[str, Any]) -> Any:

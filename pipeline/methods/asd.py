@@ -15,5 +15,6 @@ class Asd(Method):
     paper = "SEFE, ICML 2025, arXiv 2505.02486"
     category = "data"
     keeps = "nothing"
+    cost = "none while training; by `converter: llm`, one question a converted sample"
     Config = AsdConfig
     neutral = {"fraction": 0}  # noqa: RUF012

@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, TrainerCallback
 
+    from ..adapters import Adapter, Dense, Factors
     from ..collator import Collator
+    from ..entering import Entered
     from ..recipe import Stage
     from ..replay import Replay, Replayed
-    from ..stage import Entered
     from ..trainer import MethodLoss
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]
+Past = Mapping[int, Sequence[Sample]]  # samples by the stage that trained them last
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class StepView:
     last: bool  # whether this is the last of them
     process: int  # which of `processes` this one is
     processes: int
+    hidden: "Tensor | None" = None  # last hidden states [rows, length, units], for methods that ask by `needs_hidden`
 
 
 class Method:
@@ -48,14 +51,18 @@ class Method:
 
     name: ClassVar[str]
     paper: ClassVar[str]
-    category: ClassVar[str]  # regularisation, replay, distillation, data, architecture, merging
+    category: ClassVar[str]  # bound, regularisation, replay, distillation, data, architecture, merging, schedule
     keeps: ClassVar[Literal["nothing", "general data", "past data"]]
+    cost: ClassVar[str]  # in a few words: beside sequential tuning, of time, memory and disk
     lineages: ClassVar[Sequence[str]] = ("stack", "fold", "continue", "independent")
     paradigms: ClassVar[Sequence[str]] = ("sft", "rft")
     distributed: ClassVar[Sequence[Distributed]] = ("single", "ddp", "zero2", "zero3")
     conflicts: ClassVar[Sequence[str]] = ()
     Config: ClassVar[type[schema.Config]] = schema.Config
     neutral: ClassVar[Mapping[str, Any]] = {}
+    carried_as: ClassVar[Literal["merged", "extended"]] = "merged"  # what `leave` writes (`mcit.eval.serving`)
+    needs_lora: ClassVar[bool] = False  # whether it acts on LoRA, and not beside a method that carries the policy
+    needs_hidden: ClassVar[bool] = False  # whether `loss` looks at `StepView.hidden`, which supervised tuning has
 
     def __init__(self, config: schema.Config):
         self.config = config
@@ -70,14 +77,18 @@ class Method:
         raise NotImplementedError
 
     def leave(self, model: "PreTrainedModel", processor: Any, folder: Path) -> None:
-        """Write the policy to `folder` as a merged model, after `finish`; `model` is not used afterwards."""
+        """Write the policy to `folder`, as what `carried_as` says, after `finish`; `model` is not used afterwards."""
         raise NotImplementedError
 
     def build(self, model: "PeftModel", state: dict[str, "Tensor"]) -> None:
         """Prepare for a stage: `state` is what `finish` returned after the stage before (empty in the first)."""
 
-    def data(self, stage: "Stage", samples: list[Sample]) -> list[Sample]:
-        """The samples to train on; image paths are absolute."""
+    def data(self, stage: "Stage", samples: list[Sample], past: Past, state: dict[str, "Tensor"]) -> list[Sample]:
+        """The samples to train on; image paths are absolute.
+
+        `past` has, by stage, what earlier stages trained and this one does not; empty unless the method keeps past
+        data. `state` is that of `build`.
+        """
         return samples
 
     def loss(self, view: StepView) -> "Tensor | None":
@@ -95,7 +106,8 @@ class Method:
     def replay(self, kept: list[Sample]) -> "Replay | None":
         """The samples to see in every global batch beside the stage's own, which are neither fewer nor dealt otherwise.
 
-        `kept` is what the method keeps: of general data, the recipe's anchor samples. Image paths are absolute.
+        `kept` is what the method keeps: of general data, the recipe's anchor samples. Image paths are absolute. Past
+        data come by `data`, as `past`.
         """
         return None
 
@@ -112,10 +124,35 @@ class Method:
         """
         raise NotImplementedError
 
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        """Bytes of the state that `finish` returns after a stage, for what is checked before anything is trained.
+
+        `model` is the untouched base, of which there may be no more than shapes; `shapes` are those of the layers with
+        LoRA, [out, in], by name.
+        """
+        return 0
+
     def callbacks(self) -> list["TrainerCallback"]:
         """Callbacks for what acts per step."""
         return []
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has changed in the method itself since `begin`, for a checkpoint: plain data and tensors.
+
+        Weights in training, random numbers and the place in the data are in there anyway.
+        """
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint; it comes after `begin`, which sees the entering policy all the same."""
+
     def finish(self, model: "PeftModel", samples: list[Sample]) -> dict[str, "Tensor"]:
         """The state for the next stage, on the CPU; `model` is trained, still with its adapter `default`."""
         return {}
+
+    def served(self, policy: "Adapter", state: Mapping[str, "Tensor"]) -> "Mapping[str, Factors | Dense] | None":
+        """What is evaluated in place of `policy`, which the next stage goes on from; None: the policy itself.
+
+        Both are changes of the untouched base, by layer; `state` is what `finish` returned. The first process asks.
+        """
+        return None

@@ -26,7 +26,7 @@ from .outputs import answer_loss, divergence
 from .ternary import margin_loss
 
 if TYPE_CHECKING:
-    from ..stage import Entered
+    from ..entering import Entered
     from ..trainer import MethodLoss
 
 
@@ -68,6 +68,8 @@ class Gere(Method):
     paper = "GeRe, arXiv 2508.04676"
     category = "replay"
     keeps = "general data"
+    cost = "`per_batch` more samples a step, one pass of the base over all of them, 2 bits a hidden unit on disk"
+    lineages = (*Method.lineages, "full")
     Config = GereConfig
     neutral = {"per_batch": 0}  # noqa: RUF012
 
@@ -85,7 +87,7 @@ class Gere(Method):
         if not self.config.active:
             return
         if self.config.answers or self.config.match == "kl":
-            self.head = trainer.output_head(self)
+            self.head = trainer.output_head(self.name)
         if self.config.weight != 0:
             self.anchor = self._anchor(entered, trainer)
 

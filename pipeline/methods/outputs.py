@@ -39,6 +39,28 @@ def divergence(hidden: Tensor, kept: Tensor, head: nn.Linear) -> Tensor:
     return checkpoint(loss, hidden, use_reentrant=False, preserve_rng_state=False)
 
 
+def distance_to(hidden: Tensor, target: Tensor, head: nn.Linear, temperature: float) -> Tensor:
+    """KL(target || now) of the next token, in nats, a mean over tokens.
+
+    `hidden` [tokens, units] are last hidden states, `target` [tokens, vocabulary] log-probabilities at `temperature`.
+    """
+
+    def loss(states: Tensor) -> Tensor:
+        now = F.log_softmax(logits(states, head) / temperature, -1)
+        return F.kl_div(now, target, reduction="none", log_target=True).sum(-1).mean()
+
+    return checkpoint(loss, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
+def logit_gap(hidden: Tensor, places: Tensor, values: Tensor, head: nn.Linear) -> Tensor:
+    """Mean squared distance of logits from kept ones: of each token those at `places`, both [tokens, kept]."""
+
+    def loss(states: Tensor) -> Tensor:
+        return F.mse_loss(logits(states, head).gather(1, places.long()), values.float())
+
+    return checkpoint(loss, hidden, use_reentrant=False, preserve_rng_state=False)
+
+
 def logits(hidden: Tensor, head: nn.Linear) -> Tensor:
     """Logits, float32 [tokens, vocabulary], of last hidden states."""
     return head(hidden.to(head.weight.dtype)).float()

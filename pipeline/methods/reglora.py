@@ -21,6 +21,9 @@ from .keys import MeanAtKeys, add_keys, total, width
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from ..recipe import Stage
 
 
 class RegLoraConfig(schema.Config):
@@ -44,7 +47,9 @@ class RegLora(Method):
     paper = "SEFE, ICML 2025, arXiv 2505.02486"
     category = "regularisation"
     keeps = "nothing"
+    cost = "4 bits an adapted weight; once per step the product of its factors, and its gradients"
     lineages = ("stack", "fold")
+    needs_lora = True
     Config = RegLoraConfig
     neutral = {"weight": 0}  # noqa: RUF012
 
@@ -80,6 +85,11 @@ class RegLora(Method):
             if keys:
                 penalty = penalty + MeanAtKeys.apply(*layers[name], packed, self.config.bits, keys)
         return self.config.weight * view.processes / len(layers) * penalty
+
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        if not self.config.weight:
+            return 0
+        return sum(rows * width(columns, self.config.bits) for rows, columns in shapes.values())
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:

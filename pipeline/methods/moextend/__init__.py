@@ -7,6 +7,7 @@ from the paper.
 
 import copy
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,9 +19,9 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
-from ..base import Method
+from ..base import Method, Past
 from .experts import Added, append, copies, count, extend, merge, nudged, trained
-from .models import blocks_of, save
+from .models import blocks_of, expert_bytes, save
 from .usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
 
 if TYPE_CHECKING:
@@ -56,10 +57,11 @@ class MoExtend(Method):
     paper = "MoExtend, ACL 2024 SRW, arXiv 2408.03511"
     category = "architecture"
     keeps = "nothing"
+    cost = "grows: experts of its own a stage; a whole model on disk each"
     lineages = ("stack", "independent")
     paradigms = ("sft",)
     distributed = ("single", "ddp", "zero2")
-    conflicts = ("reglora",)
+    conflicts = ("freeze", "hft")
     Config = MoExtendConfig
     neutral: ClassVar[dict[str, Any]] = {"experts": 0}
 
@@ -69,7 +71,7 @@ class MoExtend(Method):
     def carries(self) -> bool:
         return self.config.experts > 0
 
-    def data(self, stage: "Stage", samples: list[schema.Sample]) -> list[schema.Sample]:
+    def data(self, stage: "Stage", samples: list[schema.Sample], past: Past, state: Any) -> list[schema.Sample]:
         self.stage, self.samples = stage, samples
         return samples
 
@@ -96,6 +98,10 @@ class MoExtend(Method):
 
     def callbacks(self) -> list[TrainerCallback]:
         return [_SameEverywhere(self.sources)] if self.carries else []
+
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        stages = stage.k if stage.train.lineage == "stack" else 1
+        return stages * self.config.experts * expert_bytes(model, self.config.layers) if self.carries else 0
 
     def finish(self, model: Any, samples: list[schema.Sample]) -> dict[str, Tensor]:
         """What is kept of a stage: its trained experts, and of the others which ones they are copies of."""

@@ -1,7 +1,7 @@
 """Asking a model behind an OpenAI-compatible endpoint: many questions at once, each of them only once ever.
 
-Answers are kept in `cache/asd/`, one file each, under a key made from what was asked; the endpoint's address and the
-API key are no part of it. So an interrupted conversion goes on where it was, and a finished one asks nothing.
+Answers are kept in a folder of the cache, one file each, under a key made from what was asked; the endpoint's address
+and the API key are no part of it. So what was interrupted goes on where it was, and what is finished asks nothing.
 """
 
 import asyncio
@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from PIL import Image
 
-from ..errors import InputError
-from ..files import hash_json, read_json, write_json
-from ..images import load_image
-from ..schema import AsdConfig
-from .prompts import VERSION, Prompt
+from .errors import InputError
+from .files import hash_json, read_json, write_json
+from .images import load_image
+from .schema import EndpointConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-_DEFAULTS = {"temperature": 0, "max_completion_tokens": 512}  # of the request; `asd.request` changes them
+_DEFAULTS = {"temperature": 0, "max_completion_tokens": 512}  # of the request; `request` changes them
 _SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _LATER = "Nothing is lost: run it again when the endpoint is well, and it goes on from here"
 _PATIENCE = 4  # questions in a row that fail, each with all of its retries, before the endpoint counts as down
@@ -37,6 +36,14 @@ class Picture(NamedTuple):
 
     path: Path
     sha256: str
+
+
+class Prompt(NamedTuple):
+    """One request's words and the JSON schema of the reply."""
+
+    system: str
+    user: str
+    schema: dict[str, Any]
 
 
 class Question(NamedTuple):
@@ -63,8 +70,9 @@ class _Passing(Exception):
 class Endpoint:
     """A model at an endpoint, with the cache of what it has answered."""
 
-    def __init__(self, config: AsdConfig, cache: Path, show: Callable[[str], None]):
-        self.config, self.folder, self.show = config, cache / "asd", show
+    def __init__(self, config: EndpointConfig, folder: Path, version: int, show: Callable[[str], None]):
+        """`folder` is where answers are kept, `version` that of the prompts, a part of every answer's key."""
+        self.config, self.folder, self.version, self.show = config, folder, version, show
         self.body = {name: value for name, value in (_DEFAULTS | config.request).items() if value is not None}
         self.works = False  # whether it has answered anything, now or ever
 
@@ -92,7 +100,7 @@ class Endpoint:
             {
                 "model": self.config.model,
                 "request": self.body,
-                "prompts": VERSION,
+                "prompts": self.version,
                 "prompt": question.prompt,
                 "images": [picture.sha256 for picture in question.images],
             }
@@ -241,7 +249,7 @@ class _Asking:
         return f"{status}: {text}" if status and not text.startswith("Error code") else text
 
     def _error(self, problem: str, remedy: str) -> InputError:
-        return InputError(problem.rstrip("."), where=self.config.endpoint, remedy=remedy)
+        return InputError(problem.rstrip("."), where=str(self.config.endpoint), remedy=remedy)
 
 
 def _read(reply: Any) -> Answer:

@@ -1,6 +1,7 @@
-"""A real vLLM server for tests, as users start it."""
+"""Real vLLM servers, as users start them."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -8,14 +9,31 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+
+import mcit.recipes
+
+TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
+STRUCTURED = {"backend": "xgrammar", "disable_any_whitespace": True}  # else a weak model emits blanks until cut off
 
 
 @contextlib.contextmanager
-def vllm_server(log: Path, arguments: Sequence[str], port: int | None = None, **env: str) -> Iterator[str]:
-    """Start a server with its output in `log`; gives its address, up to /v1, once it answers."""
-    port = port or free_port()
+def vllm_server(log: Path, adapters: Mapping[str, Path] | None = None) -> Iterator[str]:
+    """The address of a server of `tiny`, with guided JSON, and of LoRAs on it by name, until the block ends."""
+    arguments = ["--model", str(TINY), "--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "1024"]
+    arguments += ["--enforce-eager", "--structured-outputs-config", json.dumps(STRUCTURED)]
+    if adapters:
+        arguments += ["--enable-lora", "--max-lora-rank", "16", "--lora-modules"]
+        arguments += [f"{name}={folder}" for name, folder in adapters.items()]
+    with any_server(log, arguments) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def any_server(log: Path, arguments: Sequence[str], **env: str) -> Iterator[str]:
+    """The address, up to /v1, of a server that is started with `arguments`; its output goes to `log`."""
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | env
     start = time.monotonic()

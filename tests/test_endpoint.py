@@ -14,11 +14,10 @@ import pytest
 from canned import Canned, Reply, completion, failure, good, keys_of, serve, words_of
 from PIL import Image
 
-from mcit.data_prep.asd.endpoint import Endpoint, Picture, Question
-from mcit.data_prep.asd.prompts import Prompt
+from mcit.data_prep.endpoint import Endpoint, Picture, Prompt, Question
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_files
-from mcit.data_prep.schema import AsdConfig
+from mcit.data_prep.schema import EndpointConfig
 
 SCHEMA = {"type": "object", "properties": {"wrong_1": {"type": "string"}}, "required": ["wrong_1"]}
 Ask = Callable[..., list[Any]]
@@ -36,8 +35,8 @@ def questions(count: int, images: tuple[Picture, ...] = ()) -> list[Question]:
 
 def endpoint(server: Canned | str, cache: Path, show: Callable[[str], None] = print, **settings: Any) -> Endpoint:
     address = server if isinstance(server, str) else server.address
-    known = {"converter": "llm", "endpoint": address, "model": "m", "concurrency": 4, "retries": 1, "timeout": 5}
-    return Endpoint(AsdConfig.model_validate(known | settings), cache, show)
+    known = {"endpoint": address, "model": "m", "concurrency": 4, "retries": 1, "timeout": 5}
+    return Endpoint(EndpointConfig.model_validate(known | settings), cache / "kept", 1, show)
 
 
 def refusal(server: Canned | str, cache: Path, count: int = 5, **settings: Any) -> str:
@@ -200,14 +199,14 @@ def test_after_a_breakdown_only_the_rest_is_asked(tmp_path: Path) -> None:
         numbers = itertools.count(1)
         server.answer = lambda body: good(body) if next(numbers) <= 7 else failure(500)
         assert "500" in refusal(server, tmp_path, 20, retries=0)
-        kept = len(list((tmp_path / "asd").rglob("*.json")))
+        kept = len(list((tmp_path / "kept").rglob("*.json")))
         assert kept == 7
         server.answer, before = good, len(server.asked)
         assert len(endpoint(server, tmp_path).ask(questions(20))) == 20
         assert len(server.asked) - before == 13
     with serve() as whole:
         endpoint(whole, tmp_path / "whole").ask(questions(20))
-    folders = [tmp_path / "asd", tmp_path / "whole" / "asd"]
+    folders = [tmp_path / "kept", tmp_path / "whole" / "kept"]
     assert len({hash_files(folder.rglob("*.json"), folder) for folder in folders}) == 1
 
 

@@ -1,0 +1,156 @@
+"""What a GRPO step takes: TRL's own path, ours, and ours with vLLM, at answers of 16, 128 and 512 tokens.
+
+    python benchmarks/rft_step.py OUT.json [--lengths 16 128 512] [--steps 6]
+
+Answers are forced to their full length; rewards are drawn at random, so that every group differs. A step has 4 prompts
+and 8 answers to each, of the counting task of the mini stream. `trl` is TRL's `GRPOTrainer` on the same batches, with
+the disabled adapter for reference and KL to nothing else logged. Each path is a process of its own, in turns; the
+figure is the median of the steps after the first two. Only the ratios within one run mean anything.
+
+Bytes: what is sent after an optimizer step, and what pushing the model (TRL's vLLM modes) would send.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from mcit.data_prep.files import read_json, read_jsonl, write_json
+
+PATHS = ("trl", "transformers", "vllm")
+ROUNDS = 2
+HERE = Path(__file__).resolve()
+RFT = HERE.parents[1] / "pipeline" / "rft.py"
+
+
+def noise(response: str, references: list[str], sample: Any) -> float:
+    """A reward that differs, whatever the answer."""
+    return random.random()
+
+
+def main() -> None:
+    """Command line; `--as-trl` is how the script starts a stage on TRL's own path."""
+    if "--as-trl" in sys.argv:
+        sys.argv.remove("--as-trl")
+        stage_by_trl()
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--lengths", nargs="*", type=int, default=[16, 128, 512])
+    parser.add_argument("--steps", type=int, default=6)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        mcit("prepare", run, *settings("trl", 16, options.steps))
+        rows = []
+        for length in options.lengths:
+            taken: dict[str, list[float]] = {path: [] for path in PATHS}
+            sent = 0
+            for _ in range(ROUNDS):
+                for path in PATHS:
+                    steps, report = stage(run, path, length, options.steps)
+                    taken[path] += steps[2:]
+                    sent = report.get("rollouts", {}).get("bytes", sent)
+            seconds = {path: round(median(steps), 3) for path, steps in taken.items()}
+            rows.append({"length": length, "seconds": seconds, "bytes": sent})
+            print_row(rows[-1])
+        base = Path(read_json(run / "stages" / "00-base" / "serving.json")["base"])
+        model = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    write_json(options.out, {"cpus": os.cpu_count(), "rows": rows, "model_bytes": model})
+    print(f"sent a step: {rows[-1]['bytes']:,} bytes; the model: {model:,} bytes in bfloat16")
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One length, with ratios to TRL's own path."""
+    seconds = row["seconds"]
+    shown = ", ".join(f"{path} {value:.2f} s ({value / seconds['trl']:.2f} ×)" for path, value in seconds.items())
+    print(f"{row['length']:4} tokens: {shown}", flush=True)
+
+
+def settings(path: str, length: int, steps: int) -> list[str]:
+    """The recipe's keys for a path."""
+    floor = "min_tokens" if path == "vllm" else "min_new_tokens"
+    args = f"max_steps: {steps}, max_completion_length: {length}, generation_kwargs: {{{floor}: {length}}}"
+    args += ", logging_steps: 1, generation_batch_size: 32"
+    return [
+        "seed=0",
+        "prepare.limit.train=64",
+        "train.rft.global_batch_size=32",
+        f"train.rft.rewards={{{HERE.stem}:noise: 1.0}}",
+        "train.rft.guard=null",
+        "train.rft.rollout.tolerance=100.0",  # where an end is forbidden, the engine's probabilities are other ones
+        f"train.rft.rollout.engine={'vllm' if path == 'vllm' else 'transformers'}",
+        *(f"train.rft.args.{one}" for one in split(args)),
+    ]
+
+
+def split(args: str) -> list[str]:
+    """`a: 1, b: {c: 2}` as overrides."""
+    parts, depth = [""], 0
+    for character in args:
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return [part.strip().replace(": ", "=", 1) for part in parts]
+
+
+def stage(run: Path, path: str, length: int, steps: int) -> tuple[list[float], dict[str, Any]]:
+    """Train stage 1 anew: seconds of each step, and what the stage says of itself."""
+    script = [str(HERE), "--as-trl"] if path == "trl" else [str(RFT)]
+    command = [sys.executable, *script, "--recipe", "mini/rft", "--stage", "1", "--run-dir", str(run)]
+    subprocess.run([*command, *settings(path, length, steps)], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
+    folder = run / "stages" / "01-counting"
+    log = read_jsonl(folder / "train_log.jsonl")
+    return [row["step_time"] for row in log if "step_time" in row], read_json(folder / "trained.json")
+
+
+def mcit(verb: str, run: Path, *overrides: str) -> None:
+    """One command of mcit."""
+    command = [sys.executable, "-m", "mcit.pipeline.cli", verb, "mini/rft", *overrides, "--run-dir", str(run)]
+    subprocess.run(command, check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
+
+
+def stage_by_trl() -> None:
+    """A stage by TRL's `GRPOTrainer` as it is."""
+    from trl import GRPOTrainer
+
+    from mcit.pipeline.arguments import make_config
+    from mcit.pipeline.batches import with_images
+    from mcit.pipeline.entering import Entered
+    from mcit.pipeline.reinforcement.prompts import prompt_dataset
+    from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
+    from mcit.pipeline.stage import main
+    from mcit.pipeline.trainer import MethodLoss
+
+    class Plain(MethodLoss, GRPOTrainer):
+        _get_train_sampler = StageGRPOTrainer._get_train_sampler
+
+    def make_trainer(entered: Entered) -> Any:
+        entered.processor.tokenizer.padding_side = "left"
+
+        def drawn(completions: Any, **_: Any) -> list[float]:
+            return [random.random() for _ in completions]
+
+        trainer = Plain(
+            model=entered.model,
+            reward_funcs=[drawn],
+            args=make_config(entered, {}),
+            train_dataset=prompt_dataset(entered.samples),
+            processing_class=entered.processor,
+            callbacks=entered.callbacks,
+        )
+        trainer.has_images = with_images(entered.samples)
+        return trainer
+
+    main("rft", make_trainer)
+
+
+if __name__ == "__main__":
+    main()

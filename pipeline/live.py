@@ -1,0 +1,87 @@
+"""What a stage is doing, for whoever looks while it trains, and what it has cost, for the results."""
+
+import math
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from mcit.data_prep.files import write_json
+from mcit.eval.results import StageCost
+
+from .workplace import LIVE, Progress, read_progress
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+_EVERY = 2.0  # seconds between writes
+
+
+class Live(TrainerCallback):
+    """Keeps `live.json`, and counts the time of all attempts, those that were killed up to their last lines.
+
+    `start` is when the stage's process began, by `time.monotonic`.
+    """
+
+    def __init__(self, folder: Path, start: float):
+        self.file, self.start = folder / LIVE, start
+        before = read_progress(folder)
+        self.before = before["seconds"] if before else 0.0
+        self.first, self.began, self.written = 0, start, 0.0
+        self.loss: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of all attempts."""
+        return round(self.before + time.monotonic() - self.start, 3)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first, self.began = state.global_step, time.monotonic()
+        self._write(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.loss = (logs or {}).get("loss", self.loss)
+        if time.monotonic() - self.written > _EVERY:
+            self._write(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._write(state)
+
+    def _write(self, state: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        done, left = state.global_step - self.first, None
+        if done:
+            left = round((time.monotonic() - self.began) / done * (state.max_steps - state.global_step), 1)
+        loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
+        progress = Progress(step=state.global_step, steps=state.max_steps, loss=loss, seconds=self.seconds, left=left)
+        write_json(self.file, progress)
+        self.written = time.monotonic()
+
+
+def stage_cost(trainer: "Trainer", seconds: float, samples: int) -> StageCost:
+    """What a stage has cost; `samples` is the global batch. All processes call this together."""
+    on_gpu = torch.cuda.is_available()
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peaks = torch.tensor([host, torch.cuda.max_memory_allocated() if on_gpu else 0], dtype=torch.int64)
+    accelerator = trainer.accelerator
+    peaks = accelerator.gather(peaks.to(accelerator.device)).view(-1, 2).amax(0).cpu()
+    hours = round(seconds * accelerator.num_processes / 3600, 6)
+    return {
+        "steps": trainer.state.global_step,
+        "samples": trainer.state.global_step * samples,
+        "tokens": _tokens(trainer.state.log_history),
+        "process_hours": hours,
+        "gpu_hours": hours if on_gpu else 0.0,
+        "peak_host_bytes": int(peaks[0]),
+        "peak_gpu_bytes": int(peaks[1]) if on_gpu else None,
+    }
+
+
+def _tokens(log: Sequence[Mapping[str, Any]]) -> int:
+    """Those that went through the model in training, as TRL counts them."""
+    return int(next((row["num_tokens"] for row in reversed(log) if "num_tokens" in row), 0))

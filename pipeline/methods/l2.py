@@ -1,0 +1,68 @@
+"""L2 to the previous weights (L2-SP, arXiv 1802.01483, eq. 2, from stage to stage): weight / 2 · Σ ‖W − W*‖².
+
+W are the adapted layers' weights, LoRA and all, and W* what they were as the stage began, so the term means the same
+in every lineage. ‖s B A‖² is the sum of (A Aᵀ) ⊙ (s² Bᵀ B): no product of the layer's size is made. The first stage
+has no past and is left alone, as in EWC and MAS. `weight: 0` is neutral.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mcit.data_prep import schema
+
+from ..adapters import lora_layers
+from .base import Method, StepView
+
+if TYPE_CHECKING:
+    from ..entering import Entered
+    from ..trainer import MethodLoss
+
+
+class L2Config(schema.Config):
+    """`method: {l2: {…}}`."""
+
+    weight: float = Field(default=0.01, ge=0)  # lambda; ours, not tuned
+
+
+class L2(Method):
+    """Without state: what the weights were is in the entering policy."""
+
+    name = "l2"
+    paper = "L2-SP, ICML 2018, arXiv 1802.01483"
+    category = "regularisation"
+    keeps = "nothing"
+    cost = "a copy of the adapter under `continue`; once per step, products of the size of the rank"
+    lineages = ("stack", "fold", "continue")
+    needs_lora = True
+    Config = L2Config
+    neutral = {"weight": 0}  # noqa: RUF012
+
+    config: L2Config
+
+    def begin(self, entered: "Entered", trainer: "MethodLoss") -> None:
+        self.first = entered.previous is None
+        resumed = entered.stage.train.lineage == "continue"  # else B is zero, and so is what the adapter adds
+        layers = lora_layers(entered.model) if resumed and not self.first and self.config.weight else []
+        self.start = {name: (a.detach().clone(), b.detach().clone()) for name, a, b, _ in layers}
+
+    def loss(self, view: StepView) -> Tensor | None:
+        if self.first or not (self.config.weight and view.last):
+            return None
+        moved = [squared_norm(*self._moved(name, a, b), scaling) for name, a, b, scaling in lora_layers(view.model)]
+        return self.config.weight / 2 * torch.stack(moved).sum()
+
+    def _moved(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of what the stage has changed: b a − b* a* = (b − b*) a + b* (a − a*), which loses no digits."""
+        if name not in self.start:
+            return a, b
+        a_start, b_start = self.start[name]
+        return torch.cat([a, a - a_start]), torch.cat([b - b_start, b_start], dim=1)
+
+
+def squared_norm(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """‖scaling · b a‖², for a [r, in] and b [out, r], in float32."""
+    a, b = a.float(), b.float()
+    return scaling**2 * ((a @ a.T) * (b.T @ b)).sum()
