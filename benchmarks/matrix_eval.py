@@ -65,6 +65,7 @@ def main() -> None:
     facts = {
         "cells": len(cells),
         "samples of a cell": counts,
+        "only the first samples": options.samples is not None,
         "machine": f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} CPU threads",
         "load average at the end": [round(load, 1) for load in os.getloadavg()],
         "ways": {
@@ -113,6 +114,7 @@ def time_way(way: str, cells: Sequence[Cell], run: Path, copy: Path, timed_cells
     config = EvalConfig.model_validate({**known, "engine": engine, "batch_size": batch_size, "constrained": False})
     wall = answering = 0.0
     answers: dict[str, list[str]] = {}
+    engines: set[str] = set()  # ours may have fallen back to transformers
     for number, job in enumerate(jobs, 1):
         work = {"way": way, "cells": job, "config": config.model_dump()}
         command = [sys.executable, __file__, str(run), str(copy), "--worker", json.dumps(work)]
@@ -122,9 +124,11 @@ def time_way(way: str, cells: Sequence[Cell], run: Path, copy: Path, timed_cells
         seconds, found = time.monotonic() - start, json.loads(done.stdout.splitlines()[-1])
         wall, answering = wall + seconds, answering + found["answering"]
         answers |= found["answers"]
+        engines |= {*found["engines"]}
         print(f"{way}: process {number} of {len(jobs)}, {seconds:.1f} s", file=sys.stderr, flush=True)
     scale = len(cells) / len(answers)
     return {
+        "engines": sorted(engines),
         "processes": len(groups),
         "processes timed": len(jobs),
         "seconds": round(wall * scale, 1),
@@ -210,7 +214,8 @@ def same_answers(results: dict[str, Any]) -> dict[str, float]:
 def table(facts: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [
-        f"{facts['cells']} cells of {' or '.join(map(str, facts['samples of a cell']))} questions; {facts['machine']}.",
+        f"{facts['cells']} cells of {' or '.join(map(str, facts['samples of a cell']))} questions"
+        f"{' (the first of each task)' if facts['only the first samples'] else ''}; {facts['machine']}.",
         "",
         "| way | processes | seconds | of them start-up | cells an hour | once started | ours is faster by |",
         "|---|---|---|---|---|---|---|",

@@ -1,9 +1,8 @@
 """The `eval:` section of a recipe."""
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from mcit.data_prep.errors import InputError
@@ -20,6 +19,26 @@ class DuringConfig(Config):
     dense: int = Field(default=50, ge=0)  # as many first steps of each stage are followed by an evaluation …
     growth: float = Field(default=1.3, ge=1)  # … then they come at gaps that grow by this factor
     probes: int = Field(default=64, gt=0)  # test samples asked of each task
+
+
+class RemoteConfig(EndpointConfig):
+    """`eval.remote:`, the vLLM server that `engine: remote` asks. Where it is and how fast changes no answer.
+
+    `model` is what it calls the base; default: the first model that it lists.
+    """
+
+    concurrency: int = Field(default=64, gt=0)  # questions under way at once
+    timeout: float = Field(default=600, gt=0)  # seconds until a question is asked again
+    retries: int = Field(default=4, ge=0)  # of a question that met a timeout, an overload or a server's fault
+    parity: bool = True  # compare log-probs with transformers here; without, an adapter is shown to act, no more
+
+    @model_validator(mode="after")
+    def _check_remote(self) -> "RemoteConfig":
+        if self.endpoint is None:
+            raise PydanticCustomError("remote", "needs `endpoint`")
+        if self.request:
+            raise PydanticCustomError("remote", "takes no `request`: answers are greedy, as in the other engines")
+        return self
 
 
 class JudgeConfig(EndpointConfig):
@@ -58,26 +77,6 @@ Judge = Annotated[
     Annotated[JudgeConfig, Tag("<model>")] | Annotated[str, AfterValidator(_program), Tag("<program>")],
     Discriminator(_kind_of_judge),
 ]
-
-
-class RemoteConfig(Config):
-    """`eval.remote:`, the vLLM server that `engine: remote` asks. Where it is and how fast changes no answer."""
-
-    endpoint: str  # up to /v1: http://localhost:8000/v1
-    model: str | None = None  # what it calls the base; default: the first model that it lists
-    api_key_env: str = "OPENAI_API_KEY"  # the environment variable that holds the key; the key is written nowhere
-    concurrency: int = Field(default=64, gt=0)  # questions under way at once
-    timeout: float = Field(default=600, gt=0)  # seconds until a question is asked again
-    retries: int = Field(default=4, ge=0)  # of a question that met a timeout, an overload or a server's fault
-    parity: bool = True  # compare log-probs with transformers here; without, an adapter is shown to act, no more
-
-    @field_validator("endpoint")
-    @classmethod
-    def _check_address(cls, address: str) -> str:
-        parts = urlsplit(address)
-        if parts.scheme not in ("http", "https") or not parts.netloc or "@" in parts.netloc:
-            raise PydanticCustomError("endpoint", "is no address such as http://localhost:8000/v1, without a key")
-        return address
 
 
 class EvalConfig(Config):

@@ -49,10 +49,9 @@ def evaluate_cells(
     """Answer and score every cell (stage, task) that is not done.
 
     Base and LoRA policies share one engine; each merged or extended policy, and each of a rank above vLLM's limit, then
-    has its own. Answers are kept as they come
-    (`predictions/<kk>/<task>.partial.jsonl`, `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under
-    their fingerprint in `cache/predictions/` (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them:
-    row 0 is asked once.
+    has its own. Answers are kept as they come (`predictions/<kk>/<task>.partial.jsonl`,
+    `<task>+constrained.partial.jsonl`, …) and, once a cell is complete, under their fingerprint in `cache/predictions/`
+    (default: `$MCIT_CACHE` or `~/.cache/mcit`), where other runs find them: row 0 is asked once.
     Raises `InputError`, also when a policy fails the checks of `mcit.eval.liveness`.
     """
     cache = cache or cache_dir()

