@@ -97,7 +97,7 @@ class VllmEngine:
             raise
 
     def _start(
-        self, first: Policy, model: str, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
+        self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
     ) -> Any:
         serving = first.serving
         lora: dict[str, Any] = {}

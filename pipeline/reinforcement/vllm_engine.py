@@ -40,7 +40,7 @@ class RolloutVllm(VllmEngine):
             settings |= {"gpu_memory_utilization": config.memory, "enable_sleep_mode": config.sleep}
         self.sleeps = bool(settings.get("enable_sleep_mode"))
         # Two adapters in memory: the new one comes before the old one goes.
-        self._llm = self._start(base, base.model, EvalConfig(), max_images, 2, rank, **settings)
+        self._llm = self._start(base, EvalConfig(), max_images, 2, rank, **settings)
         try:
             self.ends = end_tokens(base, self.processor.tokenizer)
             self.forbidden = image_tokens(load_config(base))
