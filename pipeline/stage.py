@@ -162,12 +162,14 @@ def _train(entered: Entered, work: Workplace, run_dir: Path, make_trainer: MakeT
             raise
         _check_trained(stage, entered.phase, untrained.fingerprint, fingerprint(tuned))
         last = entered.phase == stage.train.phases[-1]
+        size = sum(one.numel() for one in trained_parameters(tuned).values())
         save = what_to_save(entered, last)
         states = {method.name: method.finish(tuned, entered.samples) for method in entered.methods} if last else {}
         seconds = live.seconds
         cost = stage_cost(trainer, seconds, stage.train.batch_size(entered.phase))  # of all processes
         if trainer.accelerator.is_main_process:
-            _write(entered, work, trainer, save, states, {"seconds": seconds, "cost": cost, "notes": notes}, during)
+            told = {"seconds": seconds, "trained_parameters": size, "cost": cost, "notes": notes}
+            _write(entered, work, trainer, save, states, told, during)
         trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
 
@@ -194,7 +196,6 @@ def _write(
         "samples": len(entered.samples),
         "processes": trainer.accelerator.num_processes,
         "mode": trainer.mode,
-        "trained_parameters": sum(one.numel() for one in trained_parameters(entered.model).values()),
         **told,
         **trainer.report(),
     }

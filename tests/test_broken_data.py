@@ -265,18 +265,3 @@ def test_an_archive_that_cannot_be_unpacked_is_one_line_and_leaves_nothing_behin
     (ucit / "img.zip").write_bytes(data)
     assert "img.zip: images: cannot be unpacked: " in refusal(ucit, images="img.zip")
     assert list((ucit / "cache" / "archives").iterdir()) == []
-
-
-def test_names_in_an_archive_stay_in_its_folder(ucit):
-    with zipfile.ZipFile(ucit / "img.zip", "w") as archive:
-        for path in (ucit / "datasets").rglob("*.jpg"):
-            archive.write(path, path.relative_to(ucit / "datasets"))
-        for name in ("../../../escaped.txt", "/escaped.txt"):
-            archive.writestr(name, "x")
-        link = zipfile.ZipInfo("ImageNet-R/link.jpg")
-        link.create_system, link.external_attr = 3, 0o120777 << 16
-        archive.writestr(link, "/etc/passwd")
-    prepare(ucit, images="img.zip")
-    escaped = [path for path in ucit.rglob("escaped.txt") if not path.is_relative_to(ucit / "cache" / "archives")]
-    assert escaped == [] and not (ucit.parent / "escaped.txt").exists()
-    assert not any(path.is_symlink() for path in (ucit / "cache" / "archives").rglob("*"))

@@ -190,7 +190,7 @@ def test_sweeps_against_each_other_are_paired_by_seed(tmp_path):
         "MFN": {"mean": 10.0, "low": 10.0, "high": 10.0, "n": 3}
     }
     said = terminal.console.export_text()
-    assert "paired by seed and order" in said and "+10.0  [+10.0, +10.0]" in said
+    assert "paired by seed and order" in said and "+10.0 [+10.0, +10.0]" in said
 
 
 # --- A whole sweep ----------------------------------------------------------------------------------------------------
