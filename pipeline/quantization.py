@@ -5,6 +5,7 @@ for the base as it is: policies are evaluated, served and merged on the base in 
 """
 
 import importlib.util
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,9 @@ from mcit.data_prep.errors import InputError
 
 if TYPE_CHECKING:
     from .recipe import ModelConfig, Recipe
+
+# Where it is installed PEFT imports it, and on a CPU it then warns of a kernel that it would like to fetch from the Hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def check_quantization(recipe: "Recipe", lineages: set[str], carriers: set[str]) -> None:
