@@ -14,7 +14,7 @@ from mcit.data_prep.errors import InputError
 if TYPE_CHECKING:
     from .recipe import ModelConfig, Recipe
 
-# Where it is installed PEFT imports it, and on a CPU it then warns of a kernel that it would like to fetch from the Hub.
+# Where it is installed PEFT imports it, and on a CPU it warns of a kernel that it would like to fetch from the Hub.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
