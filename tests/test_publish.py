@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.eval.cells import load_cell
+from mcit.data_prep.prepare import image_path, read_task
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import make_engine
 from mcit.eval.engines.base import Policy, Request
@@ -437,7 +437,7 @@ def test_vllm_serves_what_was_published_as_transformers_does(run, tmp_path):
         serving = read_serving(run / "stages" / tag.removeprefix("stage-"))
         policies.append(Policy(serving.model_copy(update={"path": "."}), tmp_path / "dry" / tag))
     data = run / "data" / "first"
-    images = load_cell(run, 1, "first", config).request(read_jsonl(data / "test.jsonl")[0]).images
+    images = [image_path(data, read_task(data), name) for name in read_jsonl(data / "test.jsonl")[0]["images"]]
     question = [{"role": "user", "content": "Which colour is it?"}]
     requests = [Request(question, images, policy, "red") for policy in policies]
     reference = TransformersEngine(policies, config)
