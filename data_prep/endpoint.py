@@ -5,26 +5,21 @@ and the API key are no part of it. So what was interrupted goes on where it was,
 """
 
 import asyncio
-import base64
-import io
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from PIL import Image
-
 from .errors import InputError
 from .files import hash_json, read_json, write_json
-from .images import load_image
+from .images import data_url
 from .schema import EndpointConfig
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 _DEFAULTS = {"temperature": 0, "max_completion_tokens": 512}  # of the request; `request` changes them
-_SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _LATER = "Nothing is lost: run it again when the endpoint is well, and it goes on from here"
 _PATIENCE = 4  # questions in a row that fail, each with all of its retries, before the endpoint counts as down
 _GARBAGE = "answers something that is no chat completion"
@@ -200,7 +195,7 @@ class _Asking:
         import openai
 
         prompt = question.prompt
-        pictures = [{"type": "image_url", "image_url": {"url": _data_url(picture)}} for picture in question.images]
+        pictures = [{"type": "image_url", "image_url": {"url": data_url(picture.path)}} for picture in question.images]
         messages: list[Any] = [
             {"role": "system", "content": prompt.system},
             {"role": "user", "content": [*pictures, {"type": "text", "text": prompt.user}]},
@@ -266,16 +261,3 @@ def _read(reply: Any) -> Answer:
         )
     except (AttributeError, LookupError, TypeError, ValueError):
         raise _Passing(_GARBAGE) from None
-
-
-def _data_url(picture: Picture) -> str:
-    """An image as a data URL: the file as it is where every endpoint can read it, else a PNG of what the model sees."""
-    with Image.open(picture.path) as image:
-        kind = _SENT_AS_THEY_ARE.get(image.format or "") if image.mode in ("RGB", "L") else None
-    if kind:
-        data = picture.path.read_bytes()
-    else:
-        buffer = io.BytesIO()
-        load_image(picture.path).save(buffer, format="PNG")
-        kind, data = "image/png", buffer.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,12 +1,13 @@
 """One image: which paths are allowed, what a file's identity and size are, that it decodes, and how it becomes RGB."""
 
+import base64
 import hashlib
 import io
 import os
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import InputError, printable
 
@@ -30,6 +31,25 @@ def load_image(path: Path | str) -> Image.Image:
         raise InputError("no such image", where=path) from None
     except UNREADABLE as error:
         raise unreadable(path, error) from None
+
+
+def data_url(path: Path) -> str:
+    """An image as a data URL that a server reads as `load_image` does.
+
+    The file as it is where that is so, else a PNG: servers turn pictures as their EXIF data say, and have their own way
+    with transparency.
+    """
+    with Image.open(path) as image:
+        plain = image.mode in ("RGB", "L") and not image.info.get("transparency")
+        plain = plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
+        kind = {"JPEG": "image/jpeg", "PNG": "image/png"}.get(image.format or "") if plain else None
+    if kind:
+        data = Path(path).read_bytes()
+    else:
+        buffer = io.BytesIO()
+        load_image(path).save(buffer, format="PNG", compress_level=1)
+        kind, data = "image/png", buffer.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

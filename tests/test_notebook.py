@@ -5,10 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-import pytest
+import nbclient
 
-nbclient = pytest.importorskip("nbclient")
-pytest.importorskip("ipykernel")
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "one-gpu.ipynb"
 
 

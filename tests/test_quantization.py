@@ -16,7 +16,6 @@ from mcit.pipeline.entering import load_model
 from mcit.pipeline.lineage import enter, stack, target_names
 from mcit.pipeline.recipe import ModelConfig, ModulesConfig, TrainConfig, load_recipe
 
-needs_bitsandbytes = pytest.mark.skipif("not __import__('importlib.util').util.find_spec('bitsandbytes')")
 NF4 = ModelConfig(path=str(RANDOM), dtype="float32", quantization="nf4")
 RECIPE = """
 train: {lora: {r: 4, alpha: 8, dropout: 0}, global_batch_size: 4, lineage: stack,
@@ -24,7 +23,6 @@ train: {lora: {r: 4, alpha: 8, dropout: 0}, global_batch_size: 4, lineage: stack
 """
 
 
-@needs_bitsandbytes
 def test_only_the_language_model_s_linear_layers_are_quantised():
     model, plain = load_model(NF4), load_model(NF4.model_copy(update={"quantization": "none"}))
     language = set(target_names(plain, ModulesConfig()))
@@ -35,7 +33,6 @@ def test_only_the_language_model_s_linear_layers_are_quantised():
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@needs_bitsandbytes
 def test_the_past_acts_beside_quantised_weights_and_gradients_reach_the_lora():
     """Also after the model was asked in evaluation mode, in which bitsandbytes would pack its weights on a CPU."""
     model = load_model(NF4)
@@ -64,7 +61,6 @@ def test_the_past_acts_beside_quantised_weights_and_gradients_reach_the_lora():
     assert all(p.grad is not None and p.grad.any() for name, p in trained.items() if "lora_B" in name)
 
 
-@needs_bitsandbytes
 def test_stages_train_on_a_quantised_base_and_are_served_on_the_base_as_it_is(tmp_path):
     tasks = {name: make_samples(name, 8, seed=seed) for seed, name in enumerate(("colours", "words"))}
     recipe = make_run(tmp_path / "run", tasks, RECIPE, RANDOM)
@@ -85,7 +81,6 @@ def test_stages_train_on_a_quantised_base_and_are_served_on_the_base_as_it_is(tm
     assert sum(with_adapter.logprobs) > sum(without.logprobs)  # what it learned beside 4 bits holds beside 32
 
 
-@needs_bitsandbytes
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -17,10 +17,10 @@ from vllm_server import any_server, free_port
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.data_prep.images import load_image
+from mcit.data_prep.images import data_url, load_image
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Policy, Request, generate, make_engine
-from mcit.eval.engines.remote import RemoteEngine, data_url
+from mcit.eval.engines.remote import RemoteEngine
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.evaluate import evaluate_cells
 

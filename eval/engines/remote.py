@@ -4,9 +4,7 @@ Modules are named by content hash. Those that are not there yet are loaded throu
 allows that and sees the files.
 """
 
-import base64
 import contextlib
-import io
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from PIL import ExifTags, Image
 
-from mcit.data_prep.chat import open_image, to_chat, tokenizer_options
+from mcit.data_prep.chat import to_chat, tokenizer_options
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.images import data_url
 from mcit.data_prep.schema import Message
 from mcit.eval.config import EvalConfig
 
@@ -245,25 +243,6 @@ class RemoteEngine:
 
 
 @lru_cache(maxsize=64)  # questions on one image follow each other
-def data_url(path: Path) -> str:
-    """An image as a data URL that a server reads as `load_image` does.
-
-    The file as it is where that is so, else a PNG: servers turn pictures as their EXIF data say, and have their own way
-    with transparency.
-    """
-    with Image.open(path) as image:
-        plain = image.mode in ("RGB", "L") and not image.info.get("transparency")
-        plain = plain and image.getexif().get(ExifTags.Base.Orientation, 1) == 1
-        kind = {"JPEG": "image/jpeg", "PNG": "image/png"}.get(image.format or "") if plain else None
-    if kind:
-        data = Path(path).read_bytes()
-    else:
-        buffer = io.BytesIO()
-        open_image(path).save(buffer, format="PNG", compress_level=1)
-        kind, data = "image/png", buffer.getvalue()
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
 def _said(error: openai.APIStatusError) -> str:
     """A server's own words, in short."""
     body = error.body if isinstance(error.body, dict) else {}
