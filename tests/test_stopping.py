@@ -1,6 +1,7 @@
 """A whole run, `mcit` over the launcher over the stage's script, that is asked to stop or killed inside a stage."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,11 +111,11 @@ def test_a_stage_that_was_trained_but_not_noted_is_kept(folder: Path) -> None:
 # --- The launcher between ---------------------------------------------------------------------------------------------
 
 LAUNCHED = """
-import signal, sys, time
+import os, sys, time
 from mcit.pipeline.preemption import EXIT_CODE, Preempted, preemptible
 try:
     with preemptible():
-        print("up", flush=True)
+        print("up as", os.getpid(), flush=True)
         time.sleep(60)
 except Preempted:
     time.sleep(1)  # it writes a checkpoint
@@ -133,7 +134,7 @@ def test_a_launcher_waits_for_what_it_started(tmp_path: Path) -> None:
     """accelerate would die of the signal at once, and leave a script that still writes."""
 
     def interrupt(line: str) -> None:
-        if line == "up":
+        if line.startswith("up as"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -143,9 +144,8 @@ def test_a_launcher_waits_for_what_it_started(tmp_path: Path) -> None:
 
 def test_a_script_that_was_stopped_by_others_is_known_through_its_launcher(tmp_path: Path) -> None:
     def stop(line: str) -> None:
-        if line == "up":
-            [launcher] = psutil.Process().children()[-1:]
-            launcher.children()[0].send_signal(signal.SIGUSR1)
+        if found := re.fullmatch(r"up as (\d+)", line):
+            os.kill(int(found[1]), signal.SIGUSR1)
 
     with pytest.raises(Preempted, match="stopped well"):
         run_child(launched(tmp_path), tmp_path / "log", os.environ, stop, launcher=True)
