@@ -28,7 +28,7 @@ from mcit.data_prep.files import write_json
 from mcit.pipeline.methods.anchor import Anchor, anchor_path, write_anchor
 from mcit.pipeline.methods.keys import unpack
 from mcit.pipeline.methods.ternary import Moments, margin_loss, states
-from mcit.pipeline.replay import Replayed, backbone
+from mcit.pipeline.training.replay import Replayed, backbone
 
 UNITS = (1024, 2048, 3584, 4096, 8192)  # the last are those of 7 to 8 and 70 billion parameters
 SAMPLES, TOKENS = 16, 563  # tokens: GeRe (code)

@@ -1,4 +1,4 @@
-"""The GPU memory of a stage at published sizes, by `mcit.pipeline.memory`; worked out on torch's meta device, not run.
+"""The GPU memory of a stage at published sizes, by `mcit.pipeline.planning.formula`; on the meta device, not run.
 
     python benchmarks/memory.py          # the tables of docs/cluster.md
 
@@ -16,10 +16,10 @@ from transformers import AutoModelForImageTextToText
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from published import published
 
-from mcit.pipeline.disk import lora_shapes
-from mcit.pipeline.lineage import target_names
-from mcit.pipeline.memory import GIB, Training, gpu_bytes
-from mcit.pipeline.recipe import ModulesConfig
+from mcit.pipeline.planning.formula import GIB, Training, gpu_bytes
+from mcit.pipeline.policy.lineage import target_names
+from mcit.pipeline.recipe.schema import ModulesConfig
+from mcit.pipeline.run.disk import lora_shapes
 
 MODELS = ("Qwen/Qwen2.5-VL-3B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen3-VL-30B-A3B-Instruct")
 RANK = 64

@@ -121,13 +121,13 @@ def stage_by_trl() -> None:
     """A stage by TRL's `GRPOTrainer` as it is."""
     from trl import GRPOTrainer
 
-    from mcit.pipeline.arguments import make_config
-    from mcit.pipeline.batches import with_images
-    from mcit.pipeline.entering import Entered
     from mcit.pipeline.reinforcement.prompts import prompt_dataset
     from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
-    from mcit.pipeline.stage import main
-    from mcit.pipeline.trainer import MethodLoss
+    from mcit.pipeline.stage.entering import Entered
+    from mcit.pipeline.stage.stage import main
+    from mcit.pipeline.training.arguments import make_config
+    from mcit.pipeline.training.batches import with_images
+    from mcit.pipeline.training.trainer import MethodLoss
 
     class Plain(MethodLoss, GRPOTrainer):
         _get_train_sampler = StageGRPOTrainer._get_train_sampler

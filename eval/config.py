@@ -14,7 +14,7 @@ from .judge.rubrics import check_rubric
 
 
 class DuringConfig(Config):
-    """`eval.during:`: what is asked while a stage trains. Which steps follow is `mcit.pipeline.during.due_steps`."""
+    """`eval.during:`: what is asked while a stage trains. Which steps: `mcit.pipeline.stage.during.due_steps`."""
 
     dense: int = Field(default=50, ge=0)  # as many first steps of each stage are followed by an evaluation …
     growth: float = Field(default=1.3, ge=1)  # … then they come at gaps that grow by this factor

@@ -9,7 +9,7 @@ import typer
 
 from mcit.data_prep.errors import InputError, no_room
 
-from . import cli_data, cli_judge, cli_plan, cli_publish, cli_runs, cli_tools
+from .verbs import data, judge, plan, publish, runs, tools
 
 app = typer.Typer(
     help="Continual instruction tuning of vision-language models: tune task after task, measure what was forgotten.",
@@ -18,35 +18,35 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-app.command()(cli_runs.run)
-app.command()(cli_runs.prepare)
-app.command()(cli_runs.train)
-app.command("eval")(cli_runs.evaluate)
-app.command()(cli_judge.judge)
-app.command()(cli_runs.report)
-app.command()(cli_plan.plan)
-app.command()(cli_publish.publish)
-app.command()(cli_publish.export)
-app.command()(cli_runs.submit)
-app.command()(cli_runs.cancel)
-app.command()(cli_runs.status)
-app.command()(cli_tools.methods)
-app.command()(cli_tools.doctor)
-app.command()(cli_tools.metrics)
-app.command()(cli_tools.score)
-app.command()(cli_judge.judge_data)
-app.command()(cli_judge.agreement)
-app.command()(cli_data.show)
-app.command()(cli_runs.ask)
-app.command()(cli_data.asd)
-app.command()(cli_data.verify)
+app.command()(runs.run)
+app.command()(runs.prepare)
+app.command()(runs.train)
+app.command("eval")(runs.evaluate)
+app.command()(judge.judge)
+app.command()(runs.report)
+app.command()(plan.plan)
+app.command()(publish.publish)
+app.command()(publish.export)
+app.command()(runs.submit)
+app.command()(runs.cancel)
+app.command()(runs.status)
+app.command()(tools.methods)
+app.command()(tools.doctor)
+app.command()(tools.metrics)
+app.command()(tools.score)
+app.command()(judge.judge_data)
+app.command()(judge.agreement)
+app.command()(data.show)
+app.command()(runs.ask)
+app.command()(data.asd)
+app.command()(data.verify)
 
 
 def main() -> None:
     """Entry point of the console script."""
-    from .child import ChildFailed
-    from .preemption import EXIT_CODE, Preempted, preemptible
-    from .redaction import redact
+    from .run.child import ChildFailed
+    from .run.preemption import EXIT_CODE, Preempted, preemptible
+    from .run.redaction import redact
 
     try:
         with preemptible():

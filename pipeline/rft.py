@@ -7,9 +7,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from mcit.pipeline.arguments import make_config
-from mcit.pipeline.batches import check_prompts, with_images
-from mcit.pipeline.entering import Entered
 from mcit.pipeline.reinforcement.guard import Guard
 from mcit.pipeline.reinforcement.prompts import check_roles, prompt_dataset
 from mcit.pipeline.reinforcement.references import References
@@ -17,7 +14,10 @@ from mcit.pipeline.reinforcement.rewards import Rewards, RewardsDiffer
 from mcit.pipeline.reinforcement.rif import learnable
 from mcit.pipeline.reinforcement.rollouts import Engine, Rollouts, TransformersEngine, check_groups
 from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
-from mcit.pipeline.stage import main
+from mcit.pipeline.stage.entering import Entered
+from mcit.pipeline.stage.stage import main
+from mcit.pipeline.training.arguments import make_config
+from mcit.pipeline.training.batches import check_prompts, with_images
 
 # Nats per token; the previous policy is the entering one, so only rounding may separate them.
 KL_AT_START = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}

@@ -9,12 +9,12 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
 
-from mcit.pipeline.arguments import make_config, processes, split_batch
-from mcit.pipeline.batches import GlobalBatchSampler, MicroBatches
-from mcit.pipeline.collator import IGNORED, Collator
-from mcit.pipeline.entering import Entered
-from mcit.pipeline.stage import main
-from mcit.pipeline.trainer import MethodLoss
+from mcit.pipeline.stage.entering import Entered
+from mcit.pipeline.stage.stage import main
+from mcit.pipeline.training.arguments import make_config, processes, split_batch
+from mcit.pipeline.training.batches import GlobalBatchSampler, MicroBatches
+from mcit.pipeline.training.collator import IGNORED, Collator
+from mcit.pipeline.training.trainer import MethodLoss
 
 
 class StageSFTTrainer(MethodLoss, SFTTrainer):

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from mcit.data_prep.files import read_json, write_json
-from mcit.pipeline.step import Step
-from mcit.pipeline.steps import Run
+from mcit.pipeline.run.step import Step
+from mcit.pipeline.run.steps import Run
 
 from .cluster import states
 from .profile import Kind

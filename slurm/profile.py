@@ -10,9 +10,9 @@ from pydantic import Field, ValidationError
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_text
 from mcit.data_prep.schema import Config
-from mcit.pipeline.layers import RECIPES, nearest
-from mcit.pipeline.recipe_yaml import parse_yaml
-from mcit.pipeline.step import Launch
+from mcit.pipeline.recipe.layers import RECIPES, nearest
+from mcit.pipeline.recipe.text import parse_yaml
+from mcit.pipeline.run.step import Launch
 
 Kind = Literal["prepare", "train", "eval", "report"]
 Value = str | int | float | bool | None

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.status import Status, run_status
-from mcit.pipeline.step import Launch
-from mcit.pipeline.steps import Run
-from mcit.pipeline.sweep import Sweep, SweepStatus, sweep_status
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.status import Status, run_status
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.steps import Run
+from mcit.pipeline.run.sweep import Sweep, SweepStatus, sweep_status
+from mcit.pipeline.run.terminal import Terminal
 
 from .cluster import JobState, scancel, states
 from .jobs import Submitted, queued_of, read_submitted

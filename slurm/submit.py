@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.locks import holder
-from mcit.pipeline.orders import members
-from mcit.pipeline.recipe import Recipe, dump_recipe
-from mcit.pipeline.run import settle, start_run
-from mcit.pipeline.steps import Run
-from mcit.pipeline.sweep import start_sweep
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.orders import members
+from mcit.pipeline.recipe.schema import Recipe, dump_recipe
+from mcit.pipeline.run.locks import holder
+from mcit.pipeline.run.runner import settle, start_run
+from mcit.pipeline.run.steps import Run
+from mcit.pipeline.run.sweep import start_sweep
+from mcit.pipeline.run.terminal import Terminal
 
 from .cluster import need, sbatch, scancel
 from .jobs import Job, Submitted, jobs_of, left_of, queued_of, read_submitted, sweep_job, write_submitted

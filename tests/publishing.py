@@ -14,10 +14,10 @@ from hub import WRITE, Hub
 from PIL import Image
 from random_model import RANDOM
 
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.run import perform_steps, start_run
-from mcit.pipeline.step import Launch
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.runner import perform_steps, start_run
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.terminal import Terminal
 
 COLOURS = ("red", "green", "blue", "white")
 QUESTION = "<image>\nWhich colour is it?\nAnswer the question using a single word or phrase."

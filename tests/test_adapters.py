@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from training import TINY, random_adapter, tiny_model
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.adapters import (
+from mcit.pipeline.policy.adapters import (
     Factors,
     concat,
     hash_adapter,

@@ -16,7 +16,7 @@ from vllm_server import vllm_server
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import AsdConfig
-from mcit.pipeline.convert import convert_file
+from mcit.pipeline.data_tools.convert import convert_file
 
 pytest.importorskip("vllm")
 

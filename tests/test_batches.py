@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from training import MeanLength, launch, make_run, uneven
 from trl.trainer.utils import RepeatSampler
 
-import mcit.pipeline.replay as replay
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
+import mcit.pipeline.training.replay as replay
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.pipeline.batches import Drawn, GlobalBatchSampler, GroupSampler, MicroBatch, deal, micro_steps
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.stage import run_stage
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.stage.stage import run_stage
+from mcit.pipeline.training.batches import Drawn, GlobalBatchSampler, GroupSampler, MicroBatch, deal, micro_steps
 
 SPLITS = [(1, 8), (1, 4), (1, 2), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)]  # processes, per device; 8 a global batch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcit.data_prep.files import read_json, write_json
-from mcit.pipeline.checkpoints import Checkpoints, torn
+from mcit.pipeline.stage.checkpoints import Checkpoints, torn
 
 
 def write(checkpoints: Checkpoints, step: int, text: str = "weights") -> Path:

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mcit.pipeline import cli, doctor
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.recipe import load_recipe, write_recipe
-from mcit.pipeline.terminal import condensed
+from mcit.pipeline import cli
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.schema import load_recipe, write_recipe
+from mcit.pipeline.run import doctor
+from mcit.pipeline.run.terminal import condensed
 
 COMMANDS = [
     "run",

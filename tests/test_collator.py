@@ -14,8 +14,8 @@ from mcit.data_prep.chat import to_chat
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.images import load_image
 from mcit.data_prep.schema import Message, Sample
-from mcit.pipeline.batches import MicroBatch
-from mcit.pipeline.collator import IGNORED, Collator
+from mcit.pipeline.training.batches import MicroBatch
+from mcit.pipeline.training.collator import IGNORED, Collator
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from test_asd_llm import write_data
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_jsonl
 from mcit.data_prep.schema import AsdConfig
-from mcit.pipeline.convert import convert_file
+from mcit.pipeline.data_tools.convert import convert_file
 
 
 @pytest.fixture

@@ -11,11 +11,11 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.disk import Needs, check_run, lora_shapes, run_needs, size, stage_needs
-from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods import build_methods
-from mcit.pipeline.recipe import Recipe, load_recipe
-from mcit.pipeline.stage import run_stage
+from mcit.pipeline.policy.lineage import target_names
+from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.run.disk import Needs, check_run, lora_shapes, run_needs, size, stage_needs
+from mcit.pipeline.stage.stage import run_stage
 
 RECIPE = """
 method: {reglora: {}}

@@ -23,9 +23,9 @@ from transformers import GenerationConfig
 from mcit.data_prep.files import read_json
 from mcit.data_prep.schema import Sample
 from mcit.eval.stability import read_curves
-from mcit.pipeline.collator import Collator
-from mcit.pipeline.during import choose_probes, due_steps, teacher_forced, undisturbed
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.stage.during import choose_probes, due_steps, teacher_forced, undisturbed
+from mcit.pipeline.training.collator import Collator
 
 RECIPE = """
 train:

@@ -15,7 +15,7 @@ from mcit.eval.engines import Request, generate, make_engine, read_policy
 from mcit.eval.extension import MixtureLinear, PromptPool, add_mixtures, add_prompts, extend, save_extension
 from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.collator import Collator
+from mcit.pipeline.training.collator import Collator
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -25,10 +25,10 @@ from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import VllmEngine
 from mcit.eval.liveness import Liveness, engine_scores, prove, transformers_scores
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.adapters import load_adapter, save_adapter
-from mcit.pipeline.collator import Collator
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.stage import run_stage
+from mcit.pipeline.policy.adapters import load_adapter, save_adapter
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.stage.stage import run_stage
+from mcit.pipeline.training.collator import Collator
 
 VLLM = EvalConfig(engine="vllm", max_model_len=256)
 RECIPE = """

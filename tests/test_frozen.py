@@ -7,11 +7,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from training import tiny_model
 
-from mcit.pipeline.adapters import pattern
-from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods.freeze import Freeze, FreezeConfig, decoder_blocks
 from mcit.pipeline.methods.hft import Hft, HftConfig, drawn, matrix
-from mcit.pipeline.recipe import ModulesConfig
+from mcit.pipeline.policy.adapters import pattern
+from mcit.pipeline.policy.lineage import target_names
+from mcit.pipeline.recipe.schema import ModulesConfig
 
 
 @pytest.fixture

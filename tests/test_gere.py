@@ -25,11 +25,11 @@ from mcit.pipeline.methods.gere import Gere, GereConfig
 from mcit.pipeline.methods.keys import pack, unpack
 from mcit.pipeline.methods.outputs import answer_loss, divergence
 from mcit.pipeline.methods.ternary import Moments, margin_loss, states
-from mcit.pipeline.recipe import Recipe, load_recipe
-from mcit.pipeline.replay import Replayed
-from mcit.pipeline.run import perform_steps, start_run
-from mcit.pipeline.step import Launch
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.run.runner import perform_steps, start_run
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.terminal import Terminal
+from mcit.pipeline.training.replay import Replayed
 
 THRESHOLDS = torch.tensor([[-1.0, 0.0], [1.0, 2.0]])
 

@@ -8,10 +8,10 @@ from published import published
 from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.files import read_json
-from mcit.pipeline.disk import lora_shapes
-from mcit.pipeline.lineage import target_names
-from mcit.pipeline.memory import GIB, Training, gpu_bytes
-from mcit.pipeline.recipe import ModulesConfig
+from mcit.pipeline.planning.formula import GIB, Training, gpu_bytes
+from mcit.pipeline.policy.lineage import target_names
+from mcit.pipeline.recipe.schema import ModulesConfig
+from mcit.pipeline.run.disk import lora_shapes
 
 MEASURED = read_json(Path(__file__).parents[1] / "benchmarks" / "real_size.json")["stages"]
 with torch.device("meta"):

@@ -8,12 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from mcit.pipeline.adapters import lora_layers
 from mcit.pipeline.methods import StepView
 from mcit.pipeline.methods.ewc import Ewc, EwcConfig
 from mcit.pipeline.methods.importance import distance, keep_largest
 from mcit.pipeline.methods.l2 import L2, L2Config, squared_norm
 from mcit.pipeline.methods.mas import Mas, MasConfig
+from mcit.pipeline.policy.adapters import lora_layers
 
 IGNORED = -100
 

@@ -23,16 +23,16 @@ from safetensors.torch import load_file
 from training import COLOURS, largest_gap, launch, make_run, make_samples, tiny_model, uneven
 from transformers import TrainerCallback
 
-import mcit.pipeline.entering as entering
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
-import mcit.pipeline.stage as stage_script
+import mcit.pipeline.stage.entering as entering
+import mcit.pipeline.stage.stage as stage_script
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.serving import read_serving
-from mcit.pipeline.lineage import target_names
 from mcit.pipeline.methods import METHODS, Method
-from mcit.pipeline.preemption import Preempted
-from mcit.pipeline.recipe import ModulesConfig, load_recipe
+from mcit.pipeline.policy.lineage import target_names
+from mcit.pipeline.recipe.schema import ModulesConfig, load_recipe
+from mcit.pipeline.run.preemption import Preempted
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
 SETTINGS: dict[str, dict[str, Any]] = {

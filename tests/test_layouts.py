@@ -21,13 +21,13 @@ from mcit.data_prep.readers import read_rows
 from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, TaskConfig
 from mcit.eval.results import read_results
 from mcit.eval.scoring import check_gold
-from mcit.pipeline.arguments import check_stage, try_config
-from mcit.pipeline.convert import convert_file
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.probes import load_probe
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.data_tools.convert import convert_file
+from mcit.pipeline.data_tools.show import read_stage
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.probes import load_probe
+from mcit.pipeline.recipe.schema import load_recipe
 from mcit.pipeline.reinforcement.rewards import Rewards, stated
-from mcit.pipeline.show import read_stage
+from mcit.pipeline.training.arguments import check_stage, try_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 STREAMS = ("coin", "ucit", "dcl", "ctbench", "rft7")

@@ -14,9 +14,8 @@ from training import random_adapter, tiny_model
 from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.adapters import concat, load_adapter, lora_layers, rank, save_adapter
-from mcit.pipeline.arguments import check_modules, check_reference
-from mcit.pipeline.lineage import (
+from mcit.pipeline.policy.adapters import concat, load_adapter, lora_layers, rank, save_adapter
+from mcit.pipeline.policy.lineage import (
     PastLinear,
     enter,
     fold,
@@ -25,8 +24,9 @@ from mcit.pipeline.lineage import (
     stack,
     target_names,
 )
-from mcit.pipeline.recipe import ModulesConfig, TrainConfig
+from mcit.pipeline.recipe.schema import ModulesConfig, TrainConfig
 from mcit.pipeline.reinforcement.references import References
+from mcit.pipeline.training.arguments import check_modules, check_reference
 
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
 Q, UP = "model.language_model.layers.1.self_attn.q_proj", "model.language_model.layers.4.mlp.up_proj"

@@ -13,7 +13,7 @@ from mcit.data_prep.files import write_jsonl
 from mcit.data_prep.prepare import drop_samples, iter_samples, prepare_task, read_task
 from mcit.data_prep.sample_file import SampleFile
 from mcit.data_prep.schema import LimitConfig, PrepareConfig, TaskConfig
-from mcit.pipeline.verify import verify
+from mcit.pipeline.data_tools.verify import verify
 
 LONG = "word " * 1000  # a sample that is held costs 5,000 bytes at least
 FEW, MANY = 200, 600

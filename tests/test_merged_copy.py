@@ -11,7 +11,7 @@ from transformers import AutoModelForImageTextToText
 from mcit.data_prep.errors import InputError
 from mcit.eval.engines import merging
 from mcit.eval.engines.merging import merged_copy
-from mcit.pipeline.adapters import load_adapter
+from mcit.pipeline.policy.adapters import load_adapter
 
 
 def test_each_weight_is_the_float32_sum_rounded_once_and_the_others_are_untouched(tmp_path: Path) -> None:

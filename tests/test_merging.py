@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from training import make_samples
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.adapters import Dense, Factors, live_adapter, lora_layers
 from mcit.pipeline.methods import METHODS, build_methods
 from mcit.pipeline.methods.dare import Dare, DareConfig
 from mcit.pipeline.methods.ilora import ILora, ILoraConfig
@@ -19,7 +18,8 @@ from mcit.pipeline.methods.magmax import MagMax, MagMaxConfig
 from mcit.pipeline.methods.maxmerge import MaxMerge, MaxMergeConfig
 from mcit.pipeline.methods.olora import OLora, OLoraConfig, overlap
 from mcit.pipeline.methods.ties import Ties, TiesConfig
-from mcit.pipeline.recipe import TrainConfig
+from mcit.pipeline.policy.adapters import Dense, Factors, live_adapter, lora_layers
+from mcit.pipeline.recipe.schema import TrainConfig
 
 
 def tensor(*rows: Any) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import EXPANSIONS, METHODS, Method, build_methods, expand, get_method
-from mcit.pipeline.recipe import TrainConfig
+from mcit.pipeline.recipe.schema import TrainConfig
 
 PARADIGMS, LINEAGES = {"sft", "rft"}, {"stack", "fold", "continue", "independent", "full"}
 MODES = {"single", "ddp", "zero2", "zero3"}

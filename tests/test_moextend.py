@@ -17,7 +17,7 @@ from mcit.pipeline.methods.moextend import MoExtendConfig
 from mcit.pipeline.methods.moextend.experts import Added, append, copies, count, extend, merge, nudged, trained
 from mcit.pipeline.methods.moextend.models import blocks_of, expert_bytes
 from mcit.pipeline.methods.moextend.usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
-from mcit.pipeline.recipe import TrainConfig
+from mcit.pipeline.recipe.schema import TrainConfig
 
 KERNELS = ("eager", "grouped_mm", "batched_mm")
 MIXTURES = {name: FAMILIES.get(name, save_llava_mixtral) for name in ("qwen3_vl_moe", "llava_mixtral", "qwen3_vl")}

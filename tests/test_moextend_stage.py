@@ -23,14 +23,14 @@ from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import VllmEngine
 from mcit.eval.liveness import engine_scores, prove, transformers_scores
 from mcit.eval.serving import read_serving
-from mcit.pipeline.collator import Collator
 from mcit.pipeline.methods.moextend import MoExtend, _restore
 from mcit.pipeline.methods.moextend.models import blocks_of, save
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.run import perform_steps, start_run
-from mcit.pipeline.stage import run_stage
-from mcit.pipeline.step import Launch
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.runner import perform_steps, start_run
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.terminal import Terminal
+from mcit.pipeline.stage.stage import run_stage
+from mcit.pipeline.training.collator import Collator
 
 RECIPE = """
 method: {moextend: {experts: 2, layers: [1], router_steps: 5}}

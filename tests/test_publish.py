@@ -26,12 +26,12 @@ from mcit.eval.engines.base import Policy, Request
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.results import read_results
 from mcit.eval.serving import read_serving
-from mcit.pipeline.orders import members
 from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.publishing.files import gather, write_trees
 from mcit.pipeline.publishing.hub import send
 from mcit.pipeline.publishing.private import Private
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.recipe.orders import members
+from mcit.pipeline.recipe.schema import load_recipe
 
 __all__ = ["run"]  # a fixture
 

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mcit.eval.engines.vllm import ignored_tensors
-from mcit.pipeline.adapters import Factors, lora_layers, save_adapter
-from mcit.pipeline.lineage import enter
-from mcit.pipeline.recipe import TrainConfig
+from mcit.pipeline.policy.adapters import Factors, lora_layers, save_adapter
+from mcit.pipeline.policy.lineage import enter
+from mcit.pipeline.recipe.schema import TrainConfig
 
 pytest.importorskip("vllm")
 LANGUAGE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -11,10 +11,10 @@ from mcit.eval.config import EvalConfig
 from mcit.eval.engines.base import Policy, Request
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.serving import read_serving
-from mcit.pipeline.adapters import Factors, load_adapter
-from mcit.pipeline.entering import load_model
-from mcit.pipeline.lineage import enter, stack, target_names
-from mcit.pipeline.recipe import ModelConfig, ModulesConfig, TrainConfig, load_recipe
+from mcit.pipeline.policy.adapters import Factors, load_adapter
+from mcit.pipeline.policy.lineage import enter, stack, target_names
+from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig, TrainConfig, load_recipe
+from mcit.pipeline.stage.entering import load_model
 
 NF4 = ModelConfig(path=str(RANDOM), dtype="float32", quantization="nf4")
 RECIPE = """

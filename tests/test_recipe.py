@@ -8,12 +8,12 @@ import pytest
 from mcit.data_prep.errors import InputError
 from mcit.eval.cells import needed_cells
 from mcit.eval.metrics import continual_metrics
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.recipe import Recipe, dump_recipe, load_recipe, write_recipe
-from mcit.pipeline.recipe_yaml import parse_yaml, to_yaml
-from mcit.pipeline.run import start_run
-from mcit.pipeline.step import Launch
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.schema import Recipe, dump_recipe, load_recipe, write_recipe
+from mcit.pipeline.recipe.text import parse_yaml, to_yaml
+from mcit.pipeline.run.runner import start_run
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.terminal import Terminal
 
 SMALL = """
 name: small

@@ -11,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.adapters import lora_layers
 from mcit.pipeline.methods import StepView, keys
 from mcit.pipeline.methods.keys import MeanAtKeys, add_keys, pack, total, unpack
 from mcit.pipeline.methods.reglora import RegLora, RegLoraConfig, deal
+from mcit.pipeline.policy.adapters import lora_layers
 
 BITS = {"union": 1, "multiset": 4}
 

@@ -11,16 +11,16 @@ from torch import nn
 from training import make_run, make_samples
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.batches import Drawn
-from mcit.pipeline.entering import trained_by
 from mcit.pipeline.methods import build_methods, expand
 from mcit.pipeline.methods.buffer import collision, ordered, parts, shares_by_age, word_shares
 from mcit.pipeline.methods.der import Der, DerConfig
 from mcit.pipeline.methods.outputs import logit_gap
 from mcit.pipeline.methods.replay import ExperienceReplay, ReplayConfig
-from mcit.pipeline.recipe import TrainConfig, load_recipe
-from mcit.pipeline.replay import Replayed
-from mcit.pipeline.schedule import past_of
+from mcit.pipeline.recipe.schedule import past_of
+from mcit.pipeline.recipe.schema import TrainConfig, load_recipe
+from mcit.pipeline.stage.entering import trained_by
+from mcit.pipeline.training.batches import Drawn
+from mcit.pipeline.training.replay import Replayed
 
 
 def stage(k: int, seed: int = 0) -> Any:

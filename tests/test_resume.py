@@ -17,7 +17,7 @@ from training import TINY, launch, make_run, uneven
 from mcit.data_prep.files import read_json, read_jsonl, write_json, write_jsonl
 from mcit.eval.hashing import hash_model
 from mcit.eval.serving import read_serving, write_serving
-from mcit.pipeline.resume import Interval
+from mcit.pipeline.stage.resume import Interval
 
 RECIPE = """
 train:
@@ -34,10 +34,10 @@ def attempt(run: Path, recipe: Path, overrides: list[str], steps: Connection, sl
     """Train the stage, in a process of its own, and tell the parent each step before going on from it."""
     from transformers import TrainerCallback
 
-    import mcit.pipeline.checkpoints as checkpoints
-    from mcit.pipeline.recipe import load_recipe
+    import mcit.pipeline.stage.checkpoints as checkpoints
+    from mcit.pipeline.recipe.schema import load_recipe
     from mcit.pipeline.sft import make_trainer
-    from mcit.pipeline.stage import run_stage
+    from mcit.pipeline.stage.stage import run_stage
 
     class Tell(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, *_: Any, **__: Any) -> None:

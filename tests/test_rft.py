@@ -19,15 +19,15 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.serving import read_serving
-from mcit.pipeline.adapters import load_adapter
-from mcit.pipeline.arguments import make_config
-from mcit.pipeline.collator import Collator
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.policy.adapters import load_adapter
+from mcit.pipeline.recipe.schema import load_recipe
 from mcit.pipeline.reinforcement.prompts import check_roles
 from mcit.pipeline.reinforcement.rewards import Rewards
 from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
-from mcit.pipeline.stage import run_stage
-from mcit.pipeline.trainer import MethodLoss
+from mcit.pipeline.stage.stage import run_stage
+from mcit.pipeline.training.arguments import make_config
+from mcit.pipeline.training.collator import Collator
+from mcit.pipeline.training.trainer import MethodLoss
 
 RECIPE = """
 method: {reglora: {weight: 100}}

@@ -17,13 +17,13 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.hashing import cache_dir
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.recipe.schema import load_recipe
 from mcit.pipeline.reinforcement.config import GuardConfig, RifConfig
 from mcit.pipeline.reinforcement.guard import Collapsed, Guard
 from mcit.pipeline.reinforcement.rif import keeps
 from mcit.pipeline.reinforcement.rollouts import Drawn, Rollouts, check_groups
 from mcit.pipeline.reinforcement.shipping import check_tokens, runs
-from mcit.pipeline.stage import run_stage
+from mcit.pipeline.stage.stage import run_stage
 
 
 @pytest.fixture(scope="module", autouse=True)

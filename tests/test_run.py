@@ -17,15 +17,15 @@ from rich.console import Console
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json
-from mcit.pipeline.child import ChildFailed, run_child
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.locks import holder, locked
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.run import perform_steps, show_results, start_run, train_stage
-from mcit.pipeline.status import read_run, run_status
-from mcit.pipeline.step import Launch, Step
-from mcit.pipeline.steps import Run
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.child import ChildFailed, run_child
+from mcit.pipeline.run.locks import holder, locked
+from mcit.pipeline.run.runner import perform_steps, show_results, start_run, train_stage
+from mcit.pipeline.run.status import read_run, run_status
+from mcit.pipeline.run.step import Launch, Step
+from mcit.pipeline.run.steps import Run
+from mcit.pipeline.run.terminal import Terminal
 
 TINY = RECIPES / "mini" / "tiny_vlm"
 COLOURS = ("red", "green", "blue", "white")
@@ -107,8 +107,8 @@ def test_an_interrupt_stops_the_child_and_its_children(tmp_path, descriptor):
 PARENT = """
     import os, sys
     from pathlib import Path
-    from mcit.pipeline.child import run_child
-    from mcit.pipeline.locks import locked
+    from mcit.pipeline.run.child import run_child
+    from mcit.pipeline.run.locks import locked
 
     folder = Path(sys.argv[1])
     with locked(folder / "x.lock", "step x") as descriptor:
@@ -152,7 +152,7 @@ def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
 
 def test_launchers(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("mcit.pipeline.step.cores", lambda: 8)
+    monkeypatch.setattr("mcit.pipeline.run.step.cores", lambda: 8)
     zero2 = ["--config_file", str(RECIPES / "accelerate" / "zero2.yaml"), "--num_processes", "4"]
     command = Launch.named("zero2", 4).command(Path("sft.py"))
     assert command[3:] == [*zero2, "--num_cpu_threads_per_process", "2", "sft.py"]
@@ -389,7 +389,7 @@ def test_a_step_that_another_process_does_is_left_alone(folder):
     run = open_run(folder, "seed=7")
     perform_steps(run, run.preparation(), quiet())
     step = run.training()[0]
-    code = "import sys, time\nfrom pathlib import Path\nfrom mcit.pipeline.locks import locked\n"
+    code = "import sys, time\nfrom pathlib import Path\nfrom mcit.pipeline.run.locks import locked\n"
     code += "with locked(Path(sys.argv[1]), ''):\n print('held', flush=True)\n time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(run.lock(step))], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None and other.stdout.readline() == b"held\n"

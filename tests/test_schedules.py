@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from training import make_samples, tiny_model, tiny_processor, write_images
 
-from mcit.pipeline.collator import Collator
 from mcit.pipeline.methods.fpf import Fpf, FpfConfig, most_moved
 from mcit.pipeline.methods.interference import Interference, InterferenceConfig, perturbed
 from mcit.pipeline.methods.outputs import answer_loss
 from mcit.pipeline.methods.previous import swapped
 from mcit.pipeline.methods.refresh import RefreshConfig, ascent
-from mcit.pipeline.replay import Replayed, backbone
+from mcit.pipeline.training.collator import Collator
+from mcit.pipeline.training.replay import Replayed, backbone
 
 
 def tensor(*rows: Any) -> Tensor:

@@ -22,12 +22,12 @@ from mcit.data_prep.schema import TaskConfig
 from mcit.eval.engines.base import load_processor as serving_processor
 from mcit.eval.serving import Serving
 from mcit.pipeline import cli
-from mcit.pipeline.arguments import check_stage
-from mcit.pipeline.child import ChildFailed, run_child
-from mcit.pipeline.entering import load_model, load_processor
-from mcit.pipeline.locks import locked
-from mcit.pipeline.recipe import ModelConfig, load_recipe
-from mcit.pipeline.redaction import redact
+from mcit.pipeline.recipe.schema import ModelConfig, load_recipe
+from mcit.pipeline.run.child import ChildFailed, run_child
+from mcit.pipeline.run.locks import locked
+from mcit.pipeline.run.redaction import redact
+from mcit.pipeline.stage.entering import load_model, load_processor
+from mcit.pipeline.training.arguments import check_stage
 
 TOKEN = "hf_" + "a1B2" * 9
 
@@ -118,8 +118,8 @@ def test_secrets_are_redacted_from_logs_and_messages(tmp_path, monkeypatch):
 
 def test_values_never_reach_a_shell_unquoted(tmp_path):
     """A job's script, run by a real shell, with a run directory, modules and variables that are commands."""
-    from mcit.pipeline.step import Launch
-    from mcit.pipeline.steps import Run
+    from mcit.pipeline.run.step import Launch
+    from mcit.pipeline.run.steps import Run
     from mcit.slurm.jobs import jobs_of
     from mcit.slurm.profile import Profile, Site
     from mcit.slurm.submit import write_script

@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.recipe import Recipe, load_recipe
-from mcit.pipeline.show import read_stage, show_stage
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.data_tools.show import read_stage, show_stage
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.run.terminal import Terminal
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 
 from mcit.data_prep.errors import InputError
 from mcit.pipeline import cli
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.step import Launch
-from mcit.pipeline.steps import Run
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.steps import Run
 from mcit.slurm import cluster, status
 from mcit.slurm.cluster import JobState
 from mcit.slurm.jobs import Job, Submitted, jobs_of, left_of, sweep_job, write_submitted
@@ -344,7 +344,7 @@ CHILD = """
 PARENT = """
     import os, sys
     from mcit.pipeline import cli
-    from mcit.pipeline.child import run_child
+    from mcit.pipeline.run.child import run_child
     command = [sys.executable, "-c", sys.argv[2]]
     cli.app = lambda: run_child(command, __import__("pathlib").Path(sys.argv[1]), os.environ, print)
     cli.main()

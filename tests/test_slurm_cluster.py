@@ -13,7 +13,7 @@ from slurm_cluster import MISSING, WHY_NOT, slurm_cluster, wait_for
 
 from mcit.data_prep.files import read_json, write_jsonl
 from mcit.pipeline import cli
-from mcit.pipeline.layers import RECIPES
+from mcit.pipeline.recipe.layers import RECIPES
 from mcit.slurm.cluster import states
 from mcit.slurm.jobs import read_submitted
 

@@ -11,11 +11,11 @@ from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.asking import Asking
 from mcit.eval.evaluate import evaluate_cells
 from mcit.eval.forgetting import split_forgetting
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.run import perform_steps, start_run
-from mcit.pipeline.step import Launch
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.runner import perform_steps, start_run
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.terminal import Terminal
 
 READERS = '''
 import numpy as np

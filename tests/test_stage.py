@@ -21,12 +21,12 @@ import mcit.recipes
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.serving import read_serving
-from mcit.pipeline.adapters import load_adapter
-from mcit.pipeline.arguments import OWNED, split_batch
 from mcit.pipeline.methods.keys import unpack
-from mcit.pipeline.recipe import load_recipe, write_recipe
+from mcit.pipeline.policy.adapters import load_adapter
+from mcit.pipeline.recipe.schema import load_recipe, write_recipe
 from mcit.pipeline.sft import make_trainer
-from mcit.pipeline.stage import main, replace_folder, run_stage
+from mcit.pipeline.stage.stage import main, replace_folder, run_stage
+from mcit.pipeline.training.arguments import OWNED, split_batch
 
 RECIPE = """
 method: {reglora: {key_fraction: 0.02, weight: 100}}
@@ -260,7 +260,7 @@ def test_the_script_takes_a_run_up_where_it_is_on_one_gpu(tmp_path: Path, monkey
         seen.update(run_dir=run_dir, gpus=os.environ["CUDA_VISIBLE_DEVICES"])
 
     write_recipe(load_recipe("mini/sequential"), tmp_path / "recipe.yaml")
-    monkeypatch.setattr("mcit.pipeline.stage.run_stage", stage)
+    monkeypatch.setattr("mcit.pipeline.stage.stage.run_stage", stage)
     monkeypatch.setattr(sys, "argv", ["sft.py", "--recipe", str(tmp_path), "--stage", "1"])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     main("sft", make_trainer)

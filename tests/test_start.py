@@ -17,14 +17,14 @@ from mcit.data_prep.files import read_json, write_json
 from mcit.eval.hashing import hash_model
 from mcit.eval.results import read_results
 from mcit.eval.serving import read_serving
-from mcit.pipeline.adapters import hash_adapter, load_adapter
-from mcit.pipeline.export import export
+from mcit.pipeline.policy.adapters import hash_adapter, load_adapter
+from mcit.pipeline.policy.export import export
 from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.publishing.files import gather, write_trees
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.start import find_start, pin_start, place_start, stages_behind
-from mcit.pipeline.step import Launch
-from mcit.pipeline.steps import Run
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.start import find_start, pin_start, place_start, stages_behind
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.steps import Run
 
 __all__ = ["run"]  # a fixture
 

@@ -15,12 +15,12 @@ from test_run import COLOURS, RECIPE, quiet, wait_for, write_data
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
-from mcit.pipeline.child import run_child
-from mcit.pipeline.locks import holder, locked
-from mcit.pipeline.preemption import EXIT_CODE, Preempted
-from mcit.pipeline.recipe import load_recipe
-from mcit.pipeline.run import start_run, train_stage
-from mcit.pipeline.step import Launch
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.child import run_child
+from mcit.pipeline.run.locks import holder, locked
+from mcit.pipeline.run.preemption import EXIT_CODE, Preempted
+from mcit.pipeline.run.runner import start_run, train_stage
+from mcit.pipeline.run.step import Launch
 
 OVERRIDES = ("train.sft.args.max_steps=60", "train.checkpoint_every=1", "train.lora.dropout=0.1")
 PATIENT = 400.0  # seconds, on a loaded machine
@@ -89,7 +89,7 @@ def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path) -> Non
 def test_a_script_cannot_be_started_beside_a_run(folder: Path) -> None:
     """By hand, say: it would write into the same folder."""
     from mcit.pipeline.sft import make_trainer
-    from mcit.pipeline.stage import run_stage
+    from mcit.pipeline.stage.stage import run_stage
 
     recipe = load_recipe(folder / "two.yaml", OVERRIDES)
     with locked(folder / "whole" / "steps" / "stage-1.lock", "stage 1"):
@@ -112,7 +112,7 @@ def test_a_stage_that_was_trained_but_not_noted_is_kept(folder: Path) -> None:
 
 LAUNCHED = """
 import os, sys, time
-from mcit.pipeline.preemption import EXIT_CODE, Preempted, preemptible
+from mcit.pipeline.run.preemption import EXIT_CODE, Preempted, preemptible
 try:
     with preemptible():
         print("up as", os.getpid(), flush=True)

@@ -16,14 +16,14 @@ from mcit.eval.results import read_results
 from mcit.eval.stats import mean_interval
 from mcit.eval.sweep import assemble_sweep, is_sweep, read_sweep
 from mcit.pipeline import cli
-from mcit.pipeline.layers import RECIPES
-from mcit.pipeline.orders import members
-from mcit.pipeline.recipe import dump_recipe, load_recipe, write_recipe
-from mcit.pipeline.reports import report
-from mcit.pipeline.run import perform_steps, start_run
-from mcit.pipeline.step import Launch
-from mcit.pipeline.sweep import run_sweep, start_sweep, sweep_status
-from mcit.pipeline.terminal import Terminal
+from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.orders import members
+from mcit.pipeline.recipe.schema import dump_recipe, load_recipe, write_recipe
+from mcit.pipeline.run.runner import perform_steps, start_run
+from mcit.pipeline.run.step import Launch
+from mcit.pipeline.run.sweep import run_sweep, start_sweep, sweep_status
+from mcit.pipeline.run.terminal import Terminal
+from mcit.pipeline.verbs.reports import report
 
 SMALL = """
 name: small

@@ -11,12 +11,12 @@ from training import make_run, uneven
 from transformers import TrainerCallback
 
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.pipeline.recipe import load_recipe
+from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.run.terminal import _cost, _duration, _progress
 from mcit.pipeline.sft import make_trainer
-from mcit.pipeline.stage import run_stage
-from mcit.pipeline.terminal import _cost, _duration, _progress
-from mcit.pipeline.trackers import set_environment
-from mcit.pipeline.workplace import read_progress, work_folder
+from mcit.pipeline.stage.stage import run_stage
+from mcit.pipeline.stage.trackers import set_environment
+from mcit.pipeline.stage.workplace import read_progress, work_folder
 
 RECIPE = """
 train:
@@ -55,7 +55,7 @@ def scalars(file: Path) -> dict[str, list[tuple[int, float]]]:
 def test_a_stage_is_seen_while_it_trains_and_counted_afterwards(tmp_path: Path, untold: pytest.MonkeyPatch) -> None:
     recipe = make_run(tmp_path, {"colour": uneven("colour", 8, 1)}, RECIPE)
     folder, seen = tmp_path / "stages" / "01-colour", list[Any]()
-    untold.setattr("mcit.pipeline.live._EVERY", 0.0)
+    untold.setattr("mcit.pipeline.stage.live._EVERY", 0.0)
 
     class Look(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -24,9 +24,9 @@ from mcit.data_prep.verify.pictures import Pictures, leads_out, look_at, near
 from mcit.data_prep.verify.problems import Problem
 from mcit.data_prep.verify.texts import normal
 from mcit.pipeline import cli
-from mcit.pipeline.clean import write_clean
-from mcit.pipeline.verify import verify
-from mcit.pipeline.verify_report import make_report
+from mcit.pipeline.data_tools.clean import write_clean
+from mcit.pipeline.data_tools.verify import verify
+from mcit.pipeline.data_tools.verify_report import make_report
 
 TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
 

@@ -20,8 +20,8 @@ import mcit.recipes
 from mcit.data_prep.files import hash_rows, read_json, write_json, write_jsonl
 from mcit.data_prep.schema import Config, Sample
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.adapters import Adapter, Factors
 from mcit.pipeline.methods import Method, StepView
+from mcit.pipeline.policy.adapters import Adapter, Factors
 
 COLOURS = ("red", "green", "blue", "white")
 

@@ -37,7 +37,7 @@ from .replay import ExperienceReplay
 from .ties import Ties
 
 if TYPE_CHECKING:
-    from ..recipe import TrainConfig
+    from ..recipe.schema import TrainConfig
 
 __all__ = ["EXPANSIONS", "METHODS", "Method", "StepView", "build_methods", "expand", "get_method"]
 

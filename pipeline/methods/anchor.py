@@ -19,7 +19,7 @@ from torch import Tensor
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open, hash_json
 
-from ..replay import Replayed
+from ..training.replay import Replayed
 from .keys import pack
 from .ternary import Moments, states
 

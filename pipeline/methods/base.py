@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, TrainerCallback
 
-    from ..adapters import Adapter, Dense, Factors
-    from ..collator import Collator
-    from ..entering import Entered
-    from ..recipe import Stage
-    from ..replay import Replay, Replayed
-    from ..trainer import MethodLoss
+    from ..policy.adapters import Adapter, Dense, Factors
+    from ..recipe.schema import Stage
+    from ..stage.entering import Entered
+    from ..training.collator import Collator
+    from ..training.replay import Replay, Replayed
+    from ..training.trainer import MethodLoss
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]
 Past = Mapping[int, Sequence[Sample]]  # samples by the stage that trained them last

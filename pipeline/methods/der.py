@@ -16,8 +16,8 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 
-from ..collator import IGNORED
-from ..replay import Replay, Replayed
+from ..training.collator import IGNORED
+from ..training.replay import Replay, Replayed
 from .base import Method, Past
 from .buffer import cut, ordered
 from .outputs import answer_loss, logit_gap, logits
@@ -25,9 +25,9 @@ from .outputs import answer_loss, logit_gap, logits
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..entering import Entered
-    from ..recipe import Stage
-    from ..trainer import MethodLoss
+    from ..recipe.schema import Stage
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class DerConfig(schema.Config):

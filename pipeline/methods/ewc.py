@@ -7,7 +7,7 @@ p(y|x))², y being the whole answer; a stage's is added to `decay` times what th
 from pydantic import Field
 from torch import Tensor, nn
 
-from ..collator import IGNORED
+from ..training.collator import IGNORED
 from .importance import Importance, ImportanceConfig
 from .outputs import answer_loss
 

@@ -17,18 +17,18 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
-from ..batches import Drawn
-from ..replay import Replay
-from ..trainer import evaluating, trained_parameters
+from ..training.batches import Drawn
+from ..training.replay import Replay
+from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
 from .hft import matrix
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
-    from ..entering import Entered
-    from ..recipe import Stage
-    from ..trainer import MethodLoss
+    from ..recipe.schema import Stage
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class FpfConfig(schema.Config):

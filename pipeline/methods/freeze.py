@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mcit.data_prep import schema
 
-from ..replay import unwrapped
+from ..training.replay import unwrapped
 from .base import Method
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from mcit.data_prep import schema
 from mcit.data_prep.identity import rank
 from mcit.eval.hashing import cache_dir
 
-from ..replay import Replay, Replayed, backbone
+from ..training.replay import Replay, Replayed, backbone
 from .anchor import Anchor, anchor_path, write_anchor
 from .base import Method
 from .keys import unpack
@@ -26,8 +26,8 @@ from .outputs import answer_loss, divergence
 from .ternary import margin_loss
 
 if TYPE_CHECKING:
-    from ..entering import Entered
-    from ..trainer import MethodLoss
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class GereConfig(schema.Config):

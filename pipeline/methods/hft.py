@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import nn
 
-    from ..recipe import Stage
+    from ..recipe.schema import Stage
 
 
 class HftConfig(schema.Config):

@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
-from ..adapters import Adapter, Dense, Factors
-from ..replay import Replay, Replayed, backbone
-from ..trainer import evaluating, trained_parameters
+from ..policy.adapters import Adapter, Dense, Factors
+from ..training.replay import Replay, Replayed, backbone
+from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
 from .outputs import answer_loss
@@ -30,9 +30,9 @@ from .previous import swapped
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..entering import Entered
-    from ..recipe import Stage
-    from ..trainer import MethodLoss
+    from ..recipe.schema import Stage
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class ILoraConfig(schema.Config):

@@ -16,14 +16,14 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.identity import rank
 
-from ..trainer import trained_parameters
+from ..training.trainer import trained_parameters
 from .base import Method, StepView
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..entering import Entered
-    from ..trainer import MethodLoss
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class ImportanceConfig(schema.Config):

@@ -21,16 +21,16 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..collator import IGNORED
-from ..replay import Replay, Replayed, backbone
-from ..trainer import evaluating
+from ..training.collator import IGNORED
+from ..training.replay import Replay, Replayed, backbone
+from ..training.trainer import evaluating
 from .base import Method, Past
 from .outputs import answer_loss, distance_to, logits
 
 if TYPE_CHECKING:
-    from ..entering import Entered
-    from ..recipe import Stage
-    from ..trainer import MethodLoss
+    from ..recipe.schema import Stage
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 SIDE = 64  # of an image of noise, in pixels
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..adapters import Adapter, scaled
+from ..policy.adapters import Adapter, scaled
 from .base import Method
 
 

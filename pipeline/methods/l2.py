@@ -13,12 +13,12 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..adapters import lora_layers
+from ..policy.adapters import lora_layers
 from .base import Method, StepView
 
 if TYPE_CHECKING:
-    from ..entering import Entered
-    from ..trainer import MethodLoss
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class L2Config(schema.Config):

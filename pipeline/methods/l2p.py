@@ -19,13 +19,13 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.eval.extension import add_prompts, save_extension
 
-from ..collator import IGNORED
+from ..training.collator import IGNORED
 from .base import Method, StepView
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..collator import Collator
+    from ..training.collator import Collator
 
 
 class L2PConfig(schema.Config):

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..collator import IGNORED
+from ..training.collator import IGNORED
 from .base import Method, StepView
 from .outputs import distance_to
 from .previous import Previous
 
 if TYPE_CHECKING:
-    from ..entering import Entered
-    from ..trainer import MethodLoss
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class LwfConfig(schema.Config):

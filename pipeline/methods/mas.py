@@ -7,7 +7,7 @@ over them). A stage's is added to `decay` times what there was. `weight: 0` is n
 from pydantic import Field
 from torch import Tensor
 
-from ..collator import IGNORED
+from ..training.collator import IGNORED
 from .importance import Importance, ImportanceConfig
 from .outputs import logits
 

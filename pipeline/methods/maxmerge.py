@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..adapters import Adapter, Dense, Factors
+from ..policy.adapters import Adapter, Dense, Factors
 from .vectors import Vectors, VectorsConfig, adapters
 
 

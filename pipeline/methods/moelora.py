@@ -19,14 +19,14 @@ from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 from mcit.eval.extension import add_mixtures, save_extension
 
-from ..lineage import target_names
+from ..policy.lineage import target_names
 from .base import Method, Past
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..collator import Collator
-    from ..recipe import Stage
+    from ..recipe.schema import Stage
+    from ..training.collator import Collator
 
 
 class MoELoraConfig(schema.Config):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..adapters import lora_layers
+from ..policy.adapters import lora_layers
 from .base import Method, StepView
 
 if TYPE_CHECKING:

@@ -19,15 +19,15 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..adapters import Dense, pattern
-from ..lineage import fold, target_names
+from ..policy.adapters import Dense, pattern
+from ..policy.lineage import fold, target_names
 from .base import Method, Past
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..collator import Collator
-    from ..recipe import Stage
+    from ..recipe.schema import Stage
+    from ..training.collator import Collator
 
 
 class OsfConfig(schema.Config):

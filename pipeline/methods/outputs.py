@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..collator import IGNORED
+from ..training.collator import IGNORED
 
 TEMPERATURE = 2.0  # GeRe (code, in a function that it does not use)
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collator import IGNORED
-from ..replay import backbone
-from ..trainer import evaluating, trained_parameters
+from ..training.collator import IGNORED
+from ..training.replay import backbone
+from ..training.trainer import evaluating, trained_parameters
 from .outputs import logits
 
 if TYPE_CHECKING:
-    from ..trainer import MethodLoss
+    from ..training.trainer import MethodLoss
 
 
 class Previous:

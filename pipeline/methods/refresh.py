@@ -17,9 +17,9 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
-from ..collator import IGNORED
-from ..replay import backbone
-from ..trainer import evaluating, trained_parameters
+from ..training.collator import IGNORED
+from ..training.replay import backbone
+from ..training.trainer import evaluating, trained_parameters
 from .base import Method
 from .ewc import surprise
 from .importance import measured
@@ -28,8 +28,8 @@ from .outputs import answer_loss
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..entering import Entered
-    from ..trainer import MethodLoss
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class RefreshConfig(schema.Config):

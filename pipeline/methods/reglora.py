@@ -15,7 +15,7 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 
-from ..adapters import lora_layers
+from ..policy.adapters import lora_layers
 from .base import Method, StepView
 from .keys import MeanAtKeys, add_keys, total, width
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from ..recipe import Stage
+    from ..recipe.schema import Stage
 
 
 class RegLoraConfig(schema.Config):

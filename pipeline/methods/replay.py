@@ -16,15 +16,15 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 
-from ..replay import Replay, Replayed
+from ..training.replay import Replay, Replayed
 from .base import Method, Past
 from .buffer import Selection, ordered, parts, shares_by_age
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
-    from ..entering import Entered
-    from ..recipe import Stage
-    from ..trainer import MethodLoss
+    from ..recipe.schema import Stage
+    from ..stage.entering import Entered
+    from ..training.trainer import MethodLoss
 
 
 class ReplayConfig(schema.Config):

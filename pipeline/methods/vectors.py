@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
-from ..adapters import Adapter, Dense, Factors, concat, live_adapter
+from ..policy.adapters import Adapter, Dense, Factors, concat, live_adapter
 from .base import Method, Past
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from ..recipe import Stage
+    from ..recipe.schema import Stage
 
 
 class VectorsConfig(schema.Config):

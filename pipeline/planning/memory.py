@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..lineage import target_names
-from ..recipe import ModelConfig, ModulesConfig, Recipe
+from ..policy.lineage import target_names
+from ..recipe.schema import ModelConfig, ModulesConfig, Recipe
 from .work import StageWork
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)

@@ -8,10 +8,10 @@ from typing import NamedTuple, TypedDict
 from mcit.data_prep.errors import InputError
 from mcit.eval.hashing import hash_model
 
-from ..orders import members
-from ..recipe import Recipe
-from ..start import find_start
-from ..step import Launch
+from ..recipe.orders import members
+from ..recipe.schema import Recipe
+from ..run.start import find_start
+from ..run.step import Launch
 from .memory import disk, engine_memory, policy_ranks, shapes_of, training_memory, weight_bytes
 from .pace import Pace, assumed_training, measured_answers, measured_training
 from .work import answers, prepare, stage_work
@@ -65,7 +65,7 @@ class Machine(NamedTuple):
 
 def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     """Plan a run; its data are prepared on the way, in the cache. `measured` are earlier runs. Raises `InputError`."""
-    from ..entering import load_processor  # here: needs trl
+    from ..stage.entering import load_processor  # here: needs trl
 
     processes, mode = machine.launch.processes, machine.launch.config.stem
     base, notes = recipe.base_model, list[str]()

@@ -13,13 +13,13 @@ from mcit.data_prep.schema import Sample
 from mcit.eval.cells import needed_cells
 from mcit.eval.hashing import cache_dir
 
-from ..arguments import split_batch
-from ..batches import GlobalBatchSampler, by_kind, with_images
-from ..collator import Collator
 from ..methods import build_methods
-from ..recipe import Recipe, Stage
-from ..replay import Replays
-from ..schedule import past_of, trained_in
+from ..recipe.schedule import past_of, trained_in
+from ..recipe.schema import Recipe, Stage
+from ..training.arguments import split_batch
+from ..training.batches import GlobalBatchSampler, by_kind, with_images
+from ..training.collator import Collator
+from ..training.replay import Replays
 
 
 class StageWork(NamedTuple):

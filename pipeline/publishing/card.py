@@ -8,7 +8,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mcit.eval.results import Results
 
-from ..recipe import Recipe
+from ..recipe.schema import Recipe
 from .config import PublishConfig
 
 if TYPE_CHECKING:

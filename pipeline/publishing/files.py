@@ -15,9 +15,9 @@ from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.results import Results, read_results
 from mcit.eval.serving import Serving, read_serving
 
-from ..recipe import Recipe, Stage
-from ..recipe_yaml import to_yaml
-from ..start import MANIFEST, stages_behind
+from ..recipe.schema import Recipe, Stage
+from ..recipe.text import to_yaml
+from ..run.start import MANIFEST, stages_behind
 from .card import model_card, predictions_card
 from .config import PublishConfig
 from .private import Content, Private, Tree

@@ -13,9 +13,9 @@ from mcit.data_prep.places import PATHS
 from mcit.data_prep.readers import is_function
 from mcit.eval.hashing import cache_dir
 
-from ..doctor import hub_cache
-from ..recipe import Recipe
-from ..redaction import secrets_in
+from ..recipe.schema import Recipe
+from ..run.doctor import hub_cache
+from ..run.redaction import secrets_in
 from .config import PublishConfig
 
 Content = Path | bytes

@@ -11,9 +11,9 @@ from typing import Any, Literal
 from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from ..adapters import concat, live_adapter, lora_layers, negate
-from ..entering import Entered
-from ..lineage import add_frozen, load_past, without_past
+from ..policy.adapters import concat, live_adapter, lora_layers, negate
+from ..policy.lineage import add_frozen, load_past, without_past
+from ..stage.entering import Entered
 
 Name = Literal["base", "previous"]
 UNDO, COPY = "undo", "previous"  # names of frozen adapters

@@ -15,8 +15,8 @@ from mcit.data_prep.schema import Sample
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scoring import scorers_of
 
-from ..batches import by_kind, with_images
-from ..entering import Entered
+from ..stage.entering import Entered
+from ..training.batches import by_kind, with_images
 from .config import RifConfig
 from .rewards import Rewards
 from .rollouts import Engine

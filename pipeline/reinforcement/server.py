@@ -22,7 +22,7 @@ from mcit.data_prep.schema import Sample
 from mcit.eval.engines import Policy
 from mcit.eval.engines.base import end_tokens, image_tokens, load_config
 
-from ..entering import Entered
+from ..stage.entering import Entered
 from .rollouts import Drawn, Prompts
 from .shipping import Shipping, check_tokens, runs
 

@@ -14,9 +14,9 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.schema import Sample
 from mcit.eval.engines import Policy
 
-from ..adapters import Factors, hash_adapter, rank, save_adapter
-from ..entering import Entered
-from ..lineage import load_past, policy
+from ..policy.adapters import Factors, hash_adapter, rank, save_adapter
+from ..policy.lineage import load_past, policy
+from ..stage.entering import Entered
 
 
 class Shipping:

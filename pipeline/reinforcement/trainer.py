@@ -11,10 +11,10 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from mcit.data_prep.schema import Sample
 
-from ..batches import GroupSampler, with_images
 from ..methods import StepView
-from ..replay import Pass
-from ..trainer import MethodLoss
+from ..training.batches import GroupSampler, with_images
+from ..training.replay import Pass
+from ..training.trainer import MethodLoss
 from .prompts import prompt_dataset
 from .references import References
 

@@ -16,8 +16,8 @@ from mcit.eval.engines import Policy
 from mcit.eval.engines.base import end_tokens, image_tokens, load_config, load_processor
 from mcit.eval.engines.vllm import EngineFailed, VllmEngine, why_not_vllm
 
-from ..arguments import processes
-from ..entering import Entered
+from ..stage.entering import Entered
+from ..training.arguments import processes
 from .config import RolloutConfig
 from .rollouts import Drawn, Prompts
 from .shipping import Shipping, check_tokens, runs

@@ -27,8 +27,8 @@ from .usage import least_used, most_shifted, most_used, shift, shifted_usage, us
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...collator import Collator
-    from ...recipe import Stage
+    from ...recipe.schema import Stage
+    from ...training.collator import Collator
 
 SAMPLES, AT_ONCE = 256, 8  # of the task, by which usage is measured, and how many of them in a batch: ours
 
