@@ -38,7 +38,7 @@ def run(tmp_path: Path) -> Path:
 
 def judge(run: Path, address: str, cells: Any = CELLS, **changed: Any) -> dict[tuple[int, str], dict[str, Any]]:
     """Judge the cells that are not done; returns the markers."""
-    known = {"endpoint": address, "model": "m", "concurrency": 2, "retries": 0, "timeout": 5}
+    known = {"endpoint": address, "model": "m", "concurrency": 2, "retries": 0, "timeout": 60}
     config = JudgeConfig.model_validate(known | changed)
     todo = [cell for cell in judged_cells(run, cells, config) if not cell.is_done()]
     judge_cells(todo, config, run.parent / "cache", lambda line: None)

@@ -101,7 +101,7 @@ def test_an_interrupt_stops_the_child_and_its_children(tmp_path, descriptor):
         run_child(
             ["sh", "-c", "sleep 60 & echo $!; echo $$; wait"], tmp_path / "log", os.environ, interrupt, descriptor
         )
-    wait_for(lambda: not any(map(alive, pids)), 10)
+    wait_for(lambda: not any(map(alive, pids)))
 
 
 PARENT = """
@@ -146,7 +146,7 @@ def test_a_second_run_is_told_who_holds_the_lock(tmp_path):
     finally:
         parent.terminate()
         parent.wait()
-    wait_for(lambda: not alive(child), 10)
+    wait_for(lambda: not alive(child))
     assert holder(tmp_path / "x.lock") is None
 
 

@@ -339,7 +339,7 @@ CHILD = """
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, say)
     print("up", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 PARENT = """
     import os, sys
@@ -361,6 +361,6 @@ def test_a_command_that_is_asked_to_stop_stops_its_child_and_exits_75(tmp_path, 
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True)
         for pid in [*map(int, children.stdout.split()), parent.pid]:
             os.kill(pid, signal.SIGUSR1 if pid != parent.pid else number)
-        code, said = parent.wait(40), parent.stderr.read().decode()
+        code, said = parent.wait(300), parent.stderr.read().decode()
     assert code == 75 and said == f"stopped by {number.name}; the same command goes on from here\n"
     assert (tmp_path / "log").read_text() == "up\nSIGTERM\n"
