@@ -14,8 +14,8 @@ from judging import LEARNED, STAGES, make_stages, make_task, said, write_answers
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.config import JudgeConfig
+from mcit.eval.gathering import assemble_results
 from mcit.eval.judge.cells import judge_cells, judged_cells
-from mcit.eval.results import assemble_results
 
 CELLS = [(1, "art"), (2, "art"), (2, "sums")]
 VERDICT = {"comment": "Fine.", "logic": 80, "grounding": 50, "knowledge": 20}

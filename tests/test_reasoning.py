@@ -9,11 +9,12 @@ from judging import LEARNED, STAGES, make_stages, make_task, said, write_answers
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_jsonl
 from mcit.data_prep.schema import Sample
+from mcit.eval.gathering import assemble_results
 from mcit.eval.judge.cells import judge_cells, judged_cells
 from mcit.eval.metrics import continual_metrics
 from mcit.eval.report.page import write_report
 from mcit.eval.report.words import sentences
-from mcit.eval.results import assemble_results, read_results, write_results
+from mcit.eval.results import read_results, write_results
 
 JUDGE = "test_reasoning:stated"
 CELLS = [(0, "art"), (1, "art"), (2, "art"), (2, "sums")]

@@ -6,8 +6,9 @@ import pytest
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import write_json, write_jsonl
+from mcit.eval.gathering import assemble_results
 from mcit.eval.metrics import continual_metrics, metrics_file
-from mcit.eval.results import assemble_results, read_results, write_results
+from mcit.eval.results import read_results, write_results
 from mcit.eval.serving import Serving, write_serving
 
 TASKS = {"digits": "short", "counting": "mcq"}

@@ -20,10 +20,11 @@ from mcit.data_prep.prepare import prepare_task, read_task
 from mcit.data_prep.schema import TaskConfig
 from mcit.eval.cells import load_cell, needed_cells
 from mcit.eval.engines import FALLBACK
+from mcit.eval.gathering import assemble_results
 from mcit.eval.hashing import cache_dir, hash_model
 from mcit.eval.judge.cells import JudgedCell, judge_cells, judged_cells
 from mcit.eval.judge.judges import judge_identity
-from mcit.eval.results import assemble_results, write_results
+from mcit.eval.results import write_results
 from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
 
