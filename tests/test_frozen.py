@@ -56,6 +56,22 @@ def test_half_of_each_blocks_attention_and_of_its_mlp_train(model: Any) -> None:
     assert set(attention) == {2} and set(mlp) <= {1, 2} and abs(sum(mlp) - 1.5 * len(mlp)) <= 0.5
 
 
+def test_of_whole_weights_half_of_each_blocks_norms_train_too() -> None:
+    """A norm of queries or keys is no matrix of the attention; what is outside the blocks trains."""
+    model = tiny_model().requires_grad_(False)
+    model.get_decoder().requires_grad_(True)
+    method = Hft(HftConfig())
+    method.rng = random.Random(0)
+    method.build(model, {})
+    for block in decoder_blocks(model):
+        layers = {matrix(name): parameter for name, parameter in block.named_parameters()}
+        norms = [parameter.requires_grad for name, parameter in layers.items() if "norm" in name]
+        attention = [p.requires_grad for name, p in layers.items() if "self_attn" in name and "norm" not in name]
+        assert (len(norms), sum(norms)) == (4, 2) and (len(attention), sum(attention)) == (4, 2)
+    decoder = model.get_decoder()
+    assert decoder.embed_tokens.weight.requires_grad and decoder.norm.weight.requires_grad
+
+
 def test_what_trains_is_drawn_anew_in_each_stage() -> None:
     groups = [[f"{block}.{name}" for name in "qkvo"] for block in range(10)]
     first, again, other = (drawn(groups, 0.5, random.Random(seed)) for seed in (1, 1, 2))
