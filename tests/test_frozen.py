@@ -56,6 +56,25 @@ def test_half_of_each_blocks_attention_and_of_its_mlp_train(model: Any) -> None:
     assert set(attention) == {2} and set(mlp) <= {1, 2} and abs(sum(mlp) - 1.5 * len(mlp)) <= 0.5
 
 
+def test_of_whole_weights_half_of_each_blocks_norms_train_too() -> None:
+    """A bias goes with its matrix; what is outside the blocks trains."""
+    model = tiny_model().requires_grad_(False)
+    model.get_decoder().requires_grad_(True)
+    method = Hft(HftConfig())
+    method.rng = random.Random(0)
+    method.build(model, {})
+    for block in decoder_blocks(model):
+        layers: dict[str, set[bool]] = {}
+        for name, parameter in block.named_parameters():
+            layers.setdefault(matrix(name), set()).add(parameter.requires_grad)
+        assert all(len(trains) == 1 for trains in layers.values())
+        for part, count in (("norm", 2), ("self_attn", 4)):
+            trains = [trains for name, trains in layers.items() if part in name]
+            assert len(trains) == count and trains.count({True}) == count / 2
+    decoder = model.get_decoder()
+    assert decoder.embed_tokens.weight.requires_grad and decoder.norm.weight.requires_grad
+
+
 def test_what_trains_is_drawn_anew_in_each_stage() -> None:
     groups = [[f"{block}.{name}" for name in "qkvo"] for block in range(10)]
     first, again, other = (drawn(groups, 0.5, random.Random(seed)) for seed in (1, 1, 2))

@@ -16,6 +16,7 @@ from mcit.pipeline.methods.mas import Mas, MasConfig
 from mcit.pipeline.policy.adapters import lora_layers
 
 IGNORED = -100
+BEFORE = SimpleNamespace(kind="adapter")  # how the stage before is served
 
 
 def tensor(*rows: Any) -> Tensor:
@@ -155,7 +156,7 @@ def test_l2_is_the_distance_of_the_weights(lineage: str) -> None:
     start = shake() if lineage == "continue" else {"0": 0, "1": 0}
     method = L2(L2Config(weight=3))
     entered: Any = SimpleNamespace(
-        model=model, previous="somewhere", stage=SimpleNamespace(train=SimpleNamespace(lineage=lineage))
+        model=model, before=BEFORE, stage=SimpleNamespace(train=SimpleNamespace(lineage=lineage))
     )
     method.begin(entered, None)  # type: ignore[arg-type]
     if lineage == "continue":
@@ -170,8 +171,24 @@ def test_l2_is_the_distance_of_the_weights(lineage: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def test_l2_of_weights_that_are_trained_themselves_by_hand() -> None:
+    """From (1, 2) to (4, 0): 3/2 · (9 + 4); a frozen weight has no say."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
+    model[1].requires_grad_(False)
+    method = L2(L2Config(weight=3))
+    stage = SimpleNamespace(train=SimpleNamespace(lineage="full"))
+    with torch.no_grad():
+        model[0].weight.copy_(tensor([1, 2]))
+        method.begin(SimpleNamespace(model=model, before=BEFORE, stage=stage), None)  # type: ignore[arg-type]
+        for layer, row in zip(model, ([4, 0], [7]), strict=True):
+            layer.weight.copy_(tensor(row))
+    ours: Any = method.loss(view(model))
+    ours.backward()
+    assert ours.item() == 19.5 and model[0].weight.grad.tolist() == [[9, -6]]
+
+
 def test_l2_leaves_the_first_stage_alone() -> None:
     method, model = L2(L2Config()), adapted()
-    train = SimpleNamespace(lineage="continue")
-    method.begin(SimpleNamespace(model=model, previous=None, stage=SimpleNamespace(train=train)), None)  # type: ignore[arg-type]
+    stage = SimpleNamespace(train=SimpleNamespace(lineage="continue"))
+    method.begin(SimpleNamespace(model=model, before=SimpleNamespace(kind="base"), stage=stage), None)  # type: ignore[arg-type]
     assert method.loss(view(model)) is None

@@ -177,11 +177,6 @@ class MeanLength(Method):
         return view.share * (own != -100).sum(1).float().mean()
 
 
-def letters(answer: str, references: Sequence[str], sample: Sample) -> float:
-    """A reward that answers of a model that knows nothing earn more or less of."""
-    return min(100.0, 5.0 * sum(map(str.isalpha, answer)))
-
-
 class StopConfig(Config):
     """`method: {"training:Stop": {…}}`."""
 

@@ -48,7 +48,7 @@ class Der(Method):
     category = "replay"
     keeps = "past data"
     cost = "`per_batch` more samples a step, one pass over what is kept, 6 bytes a kept logit on disk"
-    lineages = ("stack", "fold", "continue")
+    lineages = ("stack", "fold", "continue", "full")
     conflicts = ("replay",)  # a buffer of its own
     Config = DerConfig
     neutral = {"per_batch": 0}  # noqa: RUF012

@@ -50,7 +50,7 @@ class Fpf(Method):
     category = "schedule"
     keeps = "past data"
     cost = "`times` x `steps` more steps a stage; a copy of what trains"
-    lineages = ("stack", "fold", "continue")
+    lineages = ("stack", "fold", "continue", "full")
     distributed = ("single", "ddp")  # DeepSpeed steps from weights of its own, which this would not move
     conflicts = ("replay", "der", "ilora")
     Config = FpfConfig

@@ -1,8 +1,9 @@
 """HFT, half fine-tuning (arXiv 2404.18466, sec. 3): a random half of each block's matrices trains, drawn anew a stage.
 
 By category, the paper's best: of the matrices of a block's attention a `share` is frozen, and of its MLP; where a
-share is no whole number, blocks take turns (two of three in one, one of three in the next). On LoRA it is the
-adapters of those matrices that do not train (ours: the paper tunes in full). `share: 0` is neutral.
+share is no whole number, blocks take turns (two of three in one, one of three in the next). Under lineage `full`, which
+is the paper's, also of its norms; embeddings, output head and what else is outside the blocks train. On LoRA it is the
+adapters of those matrices that do not train (ours). `share: 0` is neutral.
 """
 
 import random
@@ -38,6 +39,7 @@ class Hft(Method):
     category = "schedule"
     keeps = "nothing"
     cost = "none; less memory and time for what does not train"
+    lineages = (*Method.lineages, "full")
     conflicts = ("freeze",)
     Config = HftConfig
     neutral = {"share": 0}  # noqa: RUF012
@@ -68,10 +70,14 @@ def matrix(parameter: str) -> str:
 
 
 def categories(block: "nn.Module") -> dict[str, list[str]]:
-    """The layers of a block that train, by what they are part of (`self_attn`, `mlp`, or the block itself)."""
+    """The layers of a block that train: matrices by what they are part of (`self_attn`, `mlp`), and `norms`."""
+    dimensions: dict[str, int] = defaultdict(int)
+    for name, parameter in block.named_parameters():
+        if parameter.requires_grad:
+            dimensions[matrix(name)] = max(dimensions[matrix(name)], parameter.ndim)
     found: dict[str, list[str]] = defaultdict(list)
-    for name in dict.fromkeys(matrix(name) for name, one in block.named_parameters() if one.requires_grad):
-        found[name.rpartition(".")[0]].append(name)
+    for layer, count in dimensions.items():
+        found[layer.rpartition(".")[0] if count > 1 else "norms"].append(layer)
     return found
 
 

@@ -3,7 +3,7 @@
     weight / 2 · Σ Ω (θ − θ*)²                  θ* the weights as the stage began, Ω the importance
 
 What EWC and MAS share: they differ in Ω, of which a method says what one sample's gradient adds. Once per optimizer
-step.
+step. The weights are LoRA's factors, which `continue` trains on, or under `full` all that train, as in the papers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,9 @@ from .base import Method, StepView
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
+    from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.trainer import MethodLoss
 
@@ -42,7 +44,7 @@ class Importance(Method):
     category = "regularisation"
     keeps = "nothing"
     cost = "twice the trained weights in memory, once on disk; `samples` gradients at the end of a stage"
-    lineages = ("continue",)
+    lineages = ("continue", "full")
 
     config: ImportanceConfig
 
@@ -73,6 +75,9 @@ class Importance(Method):
         if not (self.config.weight and view.last and self.pulls):
             return None
         return self.config.weight / 2 * distance(dict(view.model.named_parameters()), self.pulls)
+
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        return 4 * most_trained(model, shapes, stage) if self.config.weight else 0
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:
@@ -109,6 +114,13 @@ def measured(
         for name, gradient in gradients.items():
             total[name] += adds(gradient.float())
     return {name: (trainer.accelerator.reduce(summed, "sum") / len(chosen)).cpu() for name, summed in total.items()}
+
+
+def most_trained(model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+    """How many weights a stage trains at most; `model` and `shapes` are those of `Method.disk`."""
+    if stage.train.lineage == "full":
+        return sum(parameter.numel() for parameter in model.parameters())
+    return stage.train.lora.r * sum(rows + columns for rows, columns in shapes.values())
 
 
 def distance(weights: Mapping[str, Tensor], pulls: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -1,8 +1,9 @@
 """L2 to the previous weights (L2-SP, arXiv 1802.01483, eq. 2, from stage to stage): weight / 2 · Σ ‖W − W*‖².
 
 W are the adapted layers' weights, LoRA and all, and W* what they were as the stage began, so the term means the same
-in every lineage. ‖s B A‖² is the sum of (A Aᵀ) ⊙ (s² Bᵀ B): no product of the layer's size is made. The first stage
-has no past and is left alone, as in EWC and MAS. `weight: 0` is neutral.
+in every lineage of adapters. ‖s B A‖² is the sum of (A Aᵀ) ⊙ (s² Bᵀ B): no product of the layer's size is made. Under
+`full`, as in the paper, W is everything that trains. The first stage has no past and is left alone, as in EWC and MAS.
+`weight: 0` is neutral.
 """
 
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor
 from mcit.data_prep import schema
 
 from ..policy.adapters import lora_layers
+from ..training.trainer import trained_parameters
 from .base import Method, StepView
 
 if TYPE_CHECKING:
@@ -34,8 +36,8 @@ class L2(Method):
     paper = "L2-SP, ICML 2018, arXiv 1802.01483"
     category = "regularisation"
     keeps = "nothing"
-    cost = "a copy of the adapter under `continue`; once per step, products of the size of the rank"
-    lineages = ("stack", "fold", "continue")
+    cost = "a copy of what trains under `continue` and `full`; once per step, products of the size of the rank"
+    lineages = ("stack", "fold", "continue", "full")
     needs_lora = True
     Config = L2Config
     neutral = {"weight": 0}  # noqa: RUF012
@@ -43,15 +45,22 @@ class L2(Method):
     config: L2Config
 
     def begin(self, entered: "Entered", trainer: "MethodLoss") -> None:
-        self.first = entered.previous is None
-        resumed = entered.stage.train.lineage == "continue"  # else B is zero, and so is what the adapter adds
-        layers = lora_layers(entered.model) if resumed and not self.first and self.config.weight else []
+        self.acts = bool(self.config.weight) and entered.before.kind != "base"
+        lineage = entered.stage.train.lineage if self.acts else ""
+        weights = trained_parameters(entered.model) if lineage == "full" else {}
+        self.whole = {name: weight.detach().clone() for name, weight in weights.items()}
+        # In the other lineages B is zero, and so is what the adapter adds.
+        layers = lora_layers(entered.model) if lineage == "continue" else []
         self.start = {name: (a.detach().clone(), b.detach().clone()) for name, a, b, _ in layers}
 
     def loss(self, view: StepView) -> Tensor | None:
-        if self.first or not (self.config.weight and view.last):
+        if not (self.acts and view.last):
             return None
-        moved = [squared_norm(*self._moved(name, a, b), scaling) for name, a, b, scaling in lora_layers(view.model)]
+        if self.whole:
+            weights = trained_parameters(view.model)
+            moved = [(weights[name].float() - start.float()).square().sum() for name, start in self.whole.items()]
+        else:
+            moved = [squared_norm(*self._moved(name, a, b), scaling) for name, a, b, scaling in lora_layers(view.model)]
         return self.config.weight / 2 * torch.stack(moved).sum()
 
     def _moved(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

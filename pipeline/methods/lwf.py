@@ -40,7 +40,7 @@ class Lwf(Method):
     category = "distillation"
     keeps = "nothing"
     cost = "one more forward pass a step; a copy of what trains"
-    lineages = ("stack", "fold", "continue")
+    lineages = ("stack", "fold", "continue", "full")
     paradigms = ("sft",)
     Config = LwfConfig
     neutral = {"weight": 0}  # noqa: RUF012

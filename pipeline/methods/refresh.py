@@ -8,6 +8,7 @@ and of F only the last stage's is left. It is meant to go with others; `method: 
 is the paper's. Where a weight is zero, as B of a fresh LoRA, so is its step. `step: 0` is neutral.
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +23,14 @@ from ..training.replay import backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method
 from .ewc import surprise
-from .importance import measured
+from .importance import measured, most_trained
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
+    from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.trainer import MethodLoss
 
@@ -43,14 +46,14 @@ class RefreshConfig(schema.Config):
 
 
 class Refresh(Method):
-    """State: F of the last stage, by name, under lineage `continue`; the others train fresh weights, without an F."""
+    """State: F of the last stage, by name, under `continue` and `full`; others train fresh weights, without an F."""
 
     name = "refresh"
     paper = "Refresh learning, ICLR 2024, arXiv 2403.13249"
     category = "schedule"
     keeps = "nothing"
     cost = "one more forward and backward pass a step; `samples` gradients at the end of a stage"
-    lineages = ("stack", "fold", "continue")
+    lineages = ("stack", "fold", "continue", "full")
     paradigms = ("sft",)
     distributed = ("single", "ddp")  # DeepSpeed steps from weights of its own, which this would not move
     Config = RefreshConfig
@@ -65,7 +68,7 @@ class Refresh(Method):
         if not self.config.step:
             return
         self.trainer, self.head = trainer, trainer.output_head(self.name)
-        self.resumes = entered.stage.train.lineage == "continue"
+        self.resumes = entered.stage.train.lineage in ("continue", "full")
         self.noise = torch.Generator().manual_seed(entered.seed)  # of its own, the same on all processes
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -86,6 +89,10 @@ class Refresh(Method):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state:
             self.noise.set_state(state["noise"])
+
+    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+        resumes = stage.train.lineage in ("continue", "full")
+        return 4 * most_trained(model, shapes, stage) if self.config.step and resumes else 0
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not (self.config.step and self.resumes):

@@ -56,7 +56,7 @@ class ExperienceReplay(Method):
     category = "replay"
     keeps = "past data"
     cost = "as many more steps as samples are mixed in, or `per_batch` more samples a step"
-    lineages = ("stack", "fold", "continue")
+    lineages = ("stack", "fold", "continue", "full")
     Config = ReplayConfig
     neutral = {"ratio": 0}  # noqa: RUF012
 
