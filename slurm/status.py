@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.status import Status, run_status
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.steps import Run

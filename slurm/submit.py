@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mcit.data_prep.errors import InputError
+from mcit.pipeline.recipe.loading import dump_recipe
 from mcit.pipeline.recipe.orders import members
-from mcit.pipeline.recipe.schema import Recipe, dump_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.run.locks import holder
 from mcit.pipeline.run.runner import settle, start_run
 from mcit.pipeline.run.steps import Run

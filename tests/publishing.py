@@ -14,7 +14,7 @@ from hub import WRITE, Hub
 from PIL import Image
 from random_model import RANDOM
 
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.runner import perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal

@@ -32,7 +32,7 @@ from mcit.data_prep.prepare import prepare_task, read_samples, read_task
 from mcit.data_prep.schema import AsdConfig, PrepareConfig, Sample, Style, TaskConfig
 from mcit.data_prep.styles import FORMAT, fits, split_prompt
 from mcit.pipeline.data_tools.convert import asd_settings, validate
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 
 
 class Anything(dict):

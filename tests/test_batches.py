@@ -17,7 +17,7 @@ import mcit.pipeline.sft as sft
 import mcit.pipeline.training.replay as replay
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.training.batches import Drawn, GlobalBatchSampler, GroupSampler, MicroBatch, deal, micro_steps
 

@@ -13,7 +13,7 @@ import yaml
 
 from mcit.pipeline import cli
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import load_recipe, write_recipe
+from mcit.pipeline.recipe.loading import load_recipe, write_recipe
 from mcit.pipeline.run import doctor
 from mcit.pipeline.run.terminal import condensed
 

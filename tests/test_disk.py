@@ -13,7 +13,8 @@ import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import build_methods
 from mcit.pipeline.policy.lineage import target_names
-from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.run.disk import Needs, check_run, lora_shapes, run_needs, size, stage_needs
 from mcit.pipeline.stage.stage import run_stage
 

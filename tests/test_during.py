@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 from mcit.data_prep.files import read_json
 from mcit.data_prep.schema import Sample
 from mcit.eval.stability import read_curves
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.stage.during import choose_probes, due_steps, teacher_forced, undisturbed
 from mcit.pipeline.training.collator import Collator
 

@@ -26,7 +26,7 @@ from mcit.eval.engines.vllm import VllmEngine
 from mcit.eval.liveness import Liveness, engine_scores, prove, transformers_scores
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.policy.adapters import load_adapter, save_adapter
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.training.collator import Collator
 

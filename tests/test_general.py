@@ -12,8 +12,8 @@ from mcit.eval.cells import needed_cells
 from mcit.eval.general import general_ability, general_metrics, harmonic_mean
 from mcit.eval.scorers import get_scorer
 from mcit.eval.scoring import score_gold
+from mcit.pipeline.recipe.loading import dump_recipe, load_recipe, write_recipe
 from mcit.pipeline.recipe.probes import load_probe
-from mcit.pipeline.recipe.schema import dump_recipe, load_recipe, write_recipe
 
 
 @pytest.mark.parametrize(

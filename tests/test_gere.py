@@ -25,7 +25,8 @@ from mcit.pipeline.methods.gere import Gere, GereConfig
 from mcit.pipeline.methods.keys import pack, unpack
 from mcit.pipeline.methods.outputs import answer_loss, divergence
 from mcit.pipeline.methods.ternary import Moments, margin_loss, states
-from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.run.runner import perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal

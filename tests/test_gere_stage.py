@@ -14,7 +14,7 @@ from training import largest_gap, launch, make_run, make_samples, uneven
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_jsonl
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.rft import make_trainer as make_rft_trainer
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage.stage import run_stage

@@ -11,7 +11,7 @@ from hub_server import COMMIT, serve
 from mcit.data_prep import hub
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.hub import download, is_hub, is_pinned, pin, same_dataset
-from mcit.pipeline.recipe.schema import load_recipe, write_recipe
+from mcit.pipeline.recipe.loading import load_recipe, write_recipe
 from mcit.pipeline.run.runner import _pin_data
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -31,7 +31,8 @@ from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.serving import read_serving
 from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.policy.lineage import target_names
-from mcit.pipeline.recipe.schema import ModulesConfig, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import ModulesConfig
 from mcit.pipeline.run.preemption import Preempted
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.

@@ -13,7 +13,7 @@ from rich.console import Console
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.runner import judge_run, perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.steps import Run

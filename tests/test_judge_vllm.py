@@ -17,7 +17,7 @@ from mcit.data_prep.schema import LimitConfig, PrepareConfig, TaskConfig
 from mcit.eval.config import JudgeConfig
 from mcit.eval.judge.agreement import agreement_files
 from mcit.eval.judge.cells import judge_cells, judged_cells
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.runner import perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal

@@ -24,8 +24,8 @@ from mcit.eval.scoring import check_gold
 from mcit.pipeline.data_tools.convert import convert_file
 from mcit.pipeline.data_tools.show import read_stage
 from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.probes import load_probe
-from mcit.pipeline.recipe.schema import load_recipe
 from mcit.pipeline.reinforcement.rewards import Rewards, stated
 from mcit.pipeline.training.arguments import check_stage, try_config
 

@@ -25,7 +25,7 @@ from mcit.eval.liveness import engine_scores, prove, transformers_scores
 from mcit.eval.serving import read_serving
 from mcit.pipeline.methods.moextend import MoExtend, _restore
 from mcit.pipeline.methods.moextend.models import blocks_of, save
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.runner import perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal

@@ -16,7 +16,8 @@ from mcit.pipeline.planning.memory import NF4_BITS, disk, measure, policy_ranks,
 from mcit.pipeline.planning.pace import Pace, assumed_training, measured_answers, measured_training
 from mcit.pipeline.planning.plan import Machine, Plan, known_runs, plan
 from mcit.pipeline.planning.work import StageWork
-from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig
 from mcit.pipeline.run.step import Launch
 
 __all__ = ["run"]  # a fixture

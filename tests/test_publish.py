@@ -30,8 +30,8 @@ from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.publishing.files import gather, write_trees
 from mcit.pipeline.publishing.hub import send
 from mcit.pipeline.publishing.private import Private
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.orders import members
-from mcit.pipeline.recipe.schema import load_recipe
 
 __all__ = ["run"]  # a fixture
 

@@ -13,7 +13,8 @@ from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.serving import read_serving
 from mcit.pipeline.policy.adapters import Factors, load_adapter
 from mcit.pipeline.policy.lineage import enter, stack, target_names
-from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig, TrainConfig, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig, TrainConfig
 from mcit.pipeline.stage.entering import load_model
 
 NF4 = ModelConfig(path=str(RANDOM), dtype="float32", quantization="nf4")

@@ -9,7 +9,8 @@ from mcit.data_prep.errors import InputError
 from mcit.eval.cells import needed_cells
 from mcit.eval.metrics import continual_metrics
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import Recipe, dump_recipe, load_recipe, write_recipe
+from mcit.pipeline.recipe.loading import dump_recipe, load_recipe, write_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.recipe.text import parse_yaml, to_yaml
 from mcit.pipeline.run.runner import start_run
 from mcit.pipeline.run.step import Launch

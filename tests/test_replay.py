@@ -16,8 +16,9 @@ from mcit.pipeline.methods.buffer import collision, ordered, parts, shares_by_ag
 from mcit.pipeline.methods.der import Der, DerConfig
 from mcit.pipeline.methods.outputs import logit_gap
 from mcit.pipeline.methods.replay import ExperienceReplay, ReplayConfig
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.schedule import past_of
-from mcit.pipeline.recipe.schema import TrainConfig, load_recipe
+from mcit.pipeline.recipe.schema import TrainConfig
 from mcit.pipeline.stage.entering import trained_by
 from mcit.pipeline.training.batches import Drawn
 from mcit.pipeline.training.replay import Replayed

@@ -35,7 +35,7 @@ def attempt(run: Path, recipe: Path, overrides: list[str], steps: Connection, sl
     from transformers import TrainerCallback
 
     import mcit.pipeline.stage.checkpoints as checkpoints
-    from mcit.pipeline.recipe.schema import load_recipe
+    from mcit.pipeline.recipe.loading import load_recipe
     from mcit.pipeline.sft import make_trainer
     from mcit.pipeline.stage.stage import run_stage
 

@@ -17,7 +17,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import Sample
 from mcit.eval.hashing import cache_dir
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.reinforcement.config import GuardConfig, RifConfig
 from mcit.pipeline.reinforcement.guard import Collapsed, Guard
 from mcit.pipeline.reinforcement.rif import keeps

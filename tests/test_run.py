@@ -18,7 +18,7 @@ from rich.console import Console
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.child import ChildFailed, run_child
 from mcit.pipeline.run.locks import holder, locked
 from mcit.pipeline.run.runner import perform_steps, show_results, start_run, train_stage

@@ -10,8 +10,9 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
 from mcit.eval.cells import needed_cells
 from mcit.eval.metrics import continual_metrics
+from mcit.pipeline.recipe.loading import dump_recipe, load_recipe, write_recipe
 from mcit.pipeline.recipe.schedule import RecurConfig, trained_in
-from mcit.pipeline.recipe.schema import Recipe, dump_recipe, load_recipe, write_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage.stage import run_stage
 

@@ -22,7 +22,8 @@ from mcit.data_prep.schema import TaskConfig
 from mcit.eval.engines.base import load_processor as serving_processor
 from mcit.eval.serving import Serving
 from mcit.pipeline import cli
-from mcit.pipeline.recipe.schema import ModelConfig, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import ModelConfig
 from mcit.pipeline.run.child import ChildFailed, run_child
 from mcit.pipeline.run.locks import locked
 from mcit.pipeline.run.redaction import redact

@@ -9,7 +9,8 @@ from PIL import Image
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.data_tools.show import read_stage, show_stage
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.run.terminal import Terminal
 
 

@@ -13,7 +13,7 @@ import pytest
 from mcit.data_prep.errors import InputError
 from mcit.pipeline import cli
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.steps import Run
 from mcit.slurm import cluster, status

@@ -12,7 +12,7 @@ from mcit.eval.asking import Asking
 from mcit.eval.evaluate import evaluate_cells
 from mcit.eval.forgetting import split_forgetting
 from mcit.pipeline.recipe.layers import RECIPES
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.runner import perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal

@@ -21,7 +21,7 @@ from mcit.pipeline.policy.adapters import hash_adapter, load_adapter
 from mcit.pipeline.policy.export import export
 from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.publishing.files import gather, write_trees
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.start import find_start, pin_start, place_start, stages_behind
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.steps import Run

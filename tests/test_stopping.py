@@ -15,7 +15,7 @@ from test_run import COLOURS, RECIPE, quiet, wait_for, write_data
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.child import run_child
 from mcit.pipeline.run.locks import holder, locked
 from mcit.pipeline.run.preemption import EXIT_CODE, Preempted

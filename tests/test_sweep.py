@@ -17,8 +17,8 @@ from mcit.eval.stats import mean_interval
 from mcit.eval.sweep import assemble_sweep, is_sweep, read_sweep
 from mcit.pipeline import cli
 from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.loading import dump_recipe, load_recipe, write_recipe
 from mcit.pipeline.recipe.orders import members
-from mcit.pipeline.recipe.schema import dump_recipe, load_recipe, write_recipe
 from mcit.pipeline.run.runner import perform_steps, start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.sweep import run_sweep, start_sweep, sweep_status

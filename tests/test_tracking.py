@@ -11,7 +11,7 @@ from training import make_run, uneven
 from transformers import TrainerCallback
 
 from mcit.data_prep.files import read_json, read_jsonl
-from mcit.pipeline.recipe.schema import load_recipe
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.terminal import _cost, _duration, _progress
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage.stage import run_stage

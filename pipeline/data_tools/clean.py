@@ -16,7 +16,8 @@ from mcit.data_prep.spool import Record
 from mcit.data_prep.verify.problems import Ref
 from mcit.data_prep.verify.scan import Scan
 
-from ..recipe.schema import Recipe, write_recipe
+from ..recipe.loading import write_recipe
+from ..recipe.schema import Recipe
 from .verify import Verified
 
 # What of a task the clean copy keeps; the other keys say how its sources are read.

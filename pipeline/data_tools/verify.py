@@ -24,7 +24,8 @@ from mcit.eval.scorers import get_scorer
 from mcit.eval.scoring import score_gold
 from mcit.eval.serving import Serving
 
-from ..recipe.schema import ModelConfig, Recipe, load_recipe
+from ..recipe.loading import load_recipe
+from ..recipe.schema import ModelConfig, Recipe
 
 Show = Callable[[str], None]
 _DATA = (".json", ".jsonl", ".parquet")

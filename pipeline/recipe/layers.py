@@ -3,7 +3,7 @@
 import copy
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -253,3 +253,12 @@ def _merge(
 def _forget(origins: dict[tuple[Any, ...], str], keys: tuple[Any, ...]) -> None:
     for known in [known for known in origins if known[: len(keys)] == keys]:
         del origins[known]
+
+
+def leaves(mapping: dict[str, Any], at: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The dotted keys of a nested mapping with their values."""
+    for key, value in mapping.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*at, key))
+        else:
+            yield (*at, key), value

@@ -17,7 +17,8 @@ from mcit.eval.report.words import old_task_verdicts
 from mcit.eval.results import read_results
 
 from ..recipe.layers import nearest, read_layer
-from ..recipe.schema import ModelConfig, Recipe, Stage, dump_recipe, write_recipe
+from ..recipe.loading import dump_recipe, write_recipe
+from ..recipe.schema import ModelConfig, Recipe, Stage
 from ..recipe.tasks import tasks_of
 from ..training.arguments import check_mode, split_batch
 from .doctor import environment

@@ -7,7 +7,7 @@ from typing import Literal, TypedDict
 from mcit.data_prep.files import write_json
 from mcit.eval.results import StageCost
 
-from ..recipe.schema import load_recipe
+from ..recipe.loading import load_recipe
 from ..stage.workplace import Progress, read_progress, work_folder
 from .locks import Owner, holder
 from .step import Launch

@@ -28,7 +28,8 @@ from mcit.eval.results import write_results
 from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
 
-from ..recipe.schema import Phase, Recipe, Stage, write_recipe
+from ..recipe.loading import write_recipe
+from ..recipe.schema import Phase, Recipe, Stage
 from ..stage.workplace import work_folder
 from .child import run_child
 from .disk import check_run

@@ -22,7 +22,8 @@ from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json, w
 from mcit.data_prep.prepare import read_task
 from mcit.eval.serving import write_serving
 
-from ..recipe.schema import Phase, Recipe, Stage, load_recipe
+from ..recipe.loading import load_recipe
+from ..recipe.schema import Phase, Recipe, Stage
 from ..run.inputs import entering_hashes, stage_inputs
 from ..run.locks import locked
 from ..run.preemption import EXIT_CODE, Preempted, deferred, preemptible

@@ -40,7 +40,7 @@ def show(
     Example: `mcit show mini/sefe --stage 2 -n 3`
     """
     from ..data_tools.show import show_stage
-    from ..recipe.schema import load_recipe
+    from ..recipe.loading import load_recipe
     from ..run.terminal import Terminal
 
     show_stage(load_recipe(recipe, overrides or (), with_method or ()), stage, n, Terminal())

@@ -41,7 +41,7 @@ def plan(
     """
     from ..planning.plan import Machine, known_runs
     from ..planning.plan import plan as plan_run
-    from ..recipe.schema import load_recipe
+    from ..recipe.loading import load_recipe
     from ..run.doctor import gpu_gib
     from ..run.step import Launch
     from ..run.terminal import Terminal

@@ -27,7 +27,7 @@ def publish(
     Example: `mcit publish runs/coin-sefe --repo-id me/coin-sefe publish.license=apache-2.0`
     """
     from ..publishing.files import gather, write_trees
-    from ..recipe.schema import load_recipe
+    from ..recipe.loading import load_recipe
     from ..run.runner import perform_steps
     from ..run.step import Launch
     from ..run.steps import Run
@@ -64,6 +64,6 @@ def export(
     Example: `mcit export runs/coin-sefe --stage 3 --out models/coin-sefe-3`
     """
     from ..policy.export import export as export_stage
-    from ..recipe.schema import load_recipe
+    from ..recipe.loading import load_recipe
 
     print_json(export_stage(load_recipe(run, check_methods=False), run, stage, out))

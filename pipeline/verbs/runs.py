@@ -208,7 +208,7 @@ def ask(
     from mcit.eval.ask import ask as ask_policies
     from mcit.eval.ask import read_policies
 
-    from ..recipe.schema import load_recipe
+    from ..recipe.loading import load_recipe
     from ..run.terminal import Terminal
 
     # What libraries remark while an engine starts goes into a log elsewhere; here it would bury the answer.
@@ -243,7 +243,7 @@ def _found(
     nodes: int = 1,
 ) -> tuple[Any, Path, Any]:
     """The recipe, directory and launch that the arguments mean: a run directory is taken up where it is."""
-    from ..recipe.schema import load_recipe
+    from ..recipe.loading import load_recipe
     from ..run.step import Launch
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
@@ -275,7 +275,7 @@ def start(
 
 def _configuration(recipe: str, overrides: list[str] | None, with_method: list[str] | None) -> str:
     """The resolved recipe, and as a second YAML document what each stage resolves to."""
-    from ..recipe.schema import dump_recipe, load_recipe
+    from ..recipe.loading import dump_recipe, load_recipe
     from ..recipe.text import to_yaml
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())

@@ -117,15 +117,19 @@ def _choices(rng: np.random.Generator) -> list[Row]:
 
 
 def _until_known(accuracy: dict[str, float], *names: str, share: float = KNOWN) -> Iterator[None]:
-    """For each step of a lesson; the next waits for it, since none is learned beside another.
+    """For each step of a lesson, until each of `names` has been known: the next waits for it, since none is
+    learned beside another.
 
-    `accuracy`, 0–1, by what is asked, is looked at as it changes. What is not known in time ends the script.
+    `accuracy`, 0–1, by what is asked, is looked at as it changes. Not all have to be known at the same moment, which at
+    a full learning rate comes late or never. What is not known in time ends the script.
     """
+    left = list(names)
     for _ in range(PATIENCE):
-        if all(accuracy.get(name, 0.0) > share for name in names):
+        left = [name for name in left if accuracy.get(name, 0.0) <= share]
+        if not left:
             return
         yield
-    sys.exit(f"not known after {PATIENCE} steps: {', '.join(n for n in names if accuracy.get(n, 0.0) <= share)}")
+    sys.exit(f"not known after {PATIENCE} steps: {', '.join(left)}")
 
 
 def train(
