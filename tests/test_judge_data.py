@@ -70,9 +70,10 @@ def test_the_exact_judge_gives_all_to_gold_and_less_to_what_is_corrupted(task: s
 
 
 def test_a_missing_step_and_babble_count_against_a_rationale() -> None:
-    program = {"scene": [{"corner": corner} for corner in ("top left", "top right")], "options": list("1234")}
+    red = {"colour": "red", "shape": "circle"}
+    program = {"scene": [{"corner": corner, **red} for corner in ("top left", "top right")], "options": list("1234")}
     sample: Any = {"id": "x", "meta": {"program": program}}
-    half = "There is one at the top left. That makes 1."
+    half = "At the top left there is a red circle. 1."
     assert rationales.rate(sample, half) == {"logic": 100, "grounding": 50}
     assert rationales.rate(sample, f"{half} Hm. Well.") == {
         "logic": pytest.approx(100 / 3),

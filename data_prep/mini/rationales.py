@@ -3,6 +3,9 @@
 A rationale is a row of sentences in fixed forms. Each sentence that can be read is one step of a kind, after the
 rubrics of MLLM-CTBench: `grounding` (what the picture shows), `knowledge` (what is true anyway, here sums), `logic`
 (whether the conclusion follows from the steps before it, right or wrong). A sentence in no known form is unreadable.
+
+The forms are those of the sentences that pretraining teaches (`facts.py`), or at least made of their words: what the
+embedded model has never said in its life it does not learn to say in a few hundred steps (docs/judging.md).
 """
 
 import re
@@ -15,7 +18,6 @@ from ..schema import Sample
 from . import world
 
 TASKS = ("digits", "counting", "spatial", "grounding", "arithmetic")
-NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RELATIONS = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
 Program = dict[str, Any]
 Kind = Literal["grounding", "knowledge", "logic", "unreadable"]
@@ -44,26 +46,22 @@ def holds(first: str, relation: str, second: str) -> bool:
 def explain(task: str, program: Program) -> str:
     """The gold rationale of a program of `task`."""
     if task == "digits":
-        return f"The strokes form a {NUMBER_WORDS[int(program['answer'])]}."
+        return f"The picture shows {program['answer']}."
     if task == "counting":
-        seen = [shape["corner"] for shape in program["scene"]]
-        listed = " ".join(f"There is one at the {corner}." for corner in seen)
-        return f"{listed} That makes {len(seen)}."
+        seen = [f"At the {s['corner']} there is a {s['colour']} {s['shape']}." for s in program["scene"]]
+        return f"{' '.join(seen)} {len(seen)}."
     if task == "spatial":
         corners = {f"{s['colour']} {s['shape']}": s["corner"] for s in program["scene"]}
-        first, second = program["pair"]
-        verb = "is" if program["answer"] == "Yes" else "is not"
-        return (
-            f"The {first} is at the {corners[first]}. The {second} is at the {corners[second]}. "
-            f"So the first {verb} {program['relation']} the second."
-        )
+        seen = [f"The {thing} is at the {corners[thing]}." for thing in program["pair"]]
+        first, second = (place(corners[thing], program["relation"]) for thing in program["pair"])
+        return f"{' '.join(seen)} The first is at the {first}. The second is at the {second}."
     if task == "grounding":
-        heights = " ".join(f"The {bar['place']} bar has height {bar['height']}." for bar in program["chart"])
-        tallest = max(program["chart"], key=lambda bar: bar["height"])
-        return f"{heights} The tallest is the {tallest['place']}."
+        seen = [f"The {bar['place']} bar is {bar['height']}." for bar in program["chart"]]
+        tallest, next_to_it = sorted((bar["height"] for bar in program["chart"]), reverse=True)[:2]
+        return f"{' '.join(seen)} {tallest} is more than {next_to_it}."
     a, b = max(program["terms"]), min(program["terms"])
     ones, carried = a % 10 + b, (a % 10 + b) // 10
-    return f"{a % 10} + {b} = {ones}. {a // 10} + {carried} = {a // 10 + carried}. So {a + b}."
+    return f"{a % 10} + {b} = {ones}. {a // 10} + {carried} = {a // 10 + carried}. {a + b}."
 
 
 def check(task: str, program: Program, rationale: str) -> list[Step]:
@@ -118,21 +116,21 @@ def _read(pattern: str, sentence: str) -> tuple[str, ...] | None:
 def _check_digits(program: Program, sentences: list[str]) -> list[Step]:
     steps = []
     for sentence in sentences:
-        found = _read(r"The strokes form a (\w+)", sentence)
-        right = found is not None and found[0] == NUMBER_WORDS[int(program["answer"])]
+        found = _read(r"The picture shows (\d)", sentence)
+        right = found is not None and found[0] == str(program["answer"])
         steps.append(Step(sentence, "grounding" if found else "unreadable", right))
     return steps
 
 
 def _check_counting(program: Program, sentences: list[str]) -> list[Step]:
-    there = {shape["corner"] for shape in program["scene"]}
+    there = {(shape["corner"], f"{shape['colour']} {shape['shape']}") for shape in program["scene"]}
     named: list[str] = []
     steps = []
     for sentence in sentences:
-        if found := _read(r"There is one at the (\w+ \w+)", sentence):
-            steps.append(Step(sentence, "grounding", found[0] in there and found[0] not in named))
+        if found := _read(r"At the (\w+ \w+) there is a (\w+ \w+)", sentence):
+            steps.append(Step(sentence, "grounding", found in there and found[0] not in named))
             named.append(found[0])
-        elif found := _read(r"That makes (\d+)", sentence):
+        elif found := _read(r"(\d+)", sentence):
             steps.append(Step(sentence, "logic", int(found[0]) == len(named)))
         else:
             steps.append(Step(sentence, "unreadable", False))
@@ -147,10 +145,10 @@ def _check_spatial(program: Program, sentences: list[str]) -> list[Step]:
         if found := _read(r"The (\w+ \w+) is at the (\w+ \w+)", sentence):
             steps.append(Step(sentence, "grounding", corners.get(found[0]) == found[1]))
             said.append(found[1])
-        elif found := _read(r"So the first (is|is not) (left of|right of|above|below) the second", sentence):
-            known = len(said) == 2 and all(corner in world.CORNERS for corner in said)
-            follows = known and holds(said[0], found[1], said[1]) == (found[0] == "is")
-            steps.append(Step(sentence, "logic", follows and found[1] == program["relation"]))
+        elif found := _read(r"The (first|second) is at the (left|right|top|bottom)", sentence):
+            which = 0 if found[0] == "first" else 1
+            follows = which < len(said) and said[which] in world.CORNERS
+            steps.append(Step(sentence, "logic", follows and place(said[which], program["relation"]) == found[1]))
         else:
             steps.append(Step(sentence, "unreadable", False))
     return steps
@@ -161,11 +159,12 @@ def _check_grounding(program: Program, sentences: list[str]) -> list[Step]:
     said: dict[str, int] = {}
     steps = []
     for sentence in sentences:
-        if found := _read(r"The (\w+) bar has height (\d+)", sentence):
+        if found := _read(r"The (\w+) bar is (\d+)", sentence):
             steps.append(Step(sentence, "grounding", heights.get(found[0]) == int(found[1])))
             said[found[0]] = int(found[1])
-        elif found := _read(r"The tallest is the (\w+)", sentence):
-            steps.append(Step(sentence, "logic", found[0] in said and said[found[0]] == max(said.values())))
+        elif found := _read(r"(\d+) is more than (\d+)", sentence):
+            highest = sorted(said.values(), reverse=True)[:2]
+            steps.append(Step(sentence, "logic", [*map(int, found)] == highest))
         else:
             steps.append(Step(sentence, "unreadable", False))
     return steps
@@ -178,7 +177,7 @@ def _check_arithmetic(program: Program, sentences: list[str]) -> list[Step]:
         if found := _read(r"(\d+) \+ (\d+) = (\d+)", sentence):
             steps.append(Step(sentence, "knowledge", int(found[0]) + int(found[1]) == int(found[2])))
             results.append(int(found[2]))
-        elif found := _read(r"So (\d+)", sentence):
+        elif found := _read(r"(\d+)", sentence):
             follows = len(results) == 2 and int(found[0]) == 10 * results[1] + results[0] % 10
             steps.append(Step(sentence, "logic", follows))
         else:
