@@ -11,7 +11,7 @@ done twice. `page` writes `docs/leaderboard.md` from the records alone.
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from mcit.pipeline.recipe.orders import members
 from mcit.pipeline.recipe.schema import Recipe, load_recipe
 from mcit.pipeline.recipe.text import parse_yaml
 from mcit.pipeline.run.child import ChildFailed
+from mcit.pipeline.run.doctor import gpu_gib
 from mcit.pipeline.run.locks import locked
 from mcit.pipeline.run.preemption import EXIT_CODE, Preempted, preemptible
 from mcit.pipeline.run.runner import perform_steps, start_run
@@ -45,6 +46,7 @@ class Entry(NamedTuple):
     model: str  # its folder, from recipes/
     method: str
     asked: Mapping[str, Any]  # what the board says of the method
+    keys: Sequence[str]  # of the recipe, that are changed
     order: str | None  # None: the stream's own
     seed: int
 
@@ -57,9 +59,9 @@ class Entry(NamedTuple):
     def recipe(self) -> Recipe:
         """What is run. Raises `InputError`."""
         orders = [] if self.order is None else [f"sweep.order=[mini/{self.order}]"]
-        own = [f"base_model.path={RECIPES / self.model}", f"sweep.seed=[{self.seed}]"]
-        overrides, fragments = [*own, *orders, *self.asked.get("set", ())], self.asked.get("with", ())
-        [member] = members(load_recipe(self.asked.get("recipe", "mini/sequential"), overrides, fragments))
+        own = [f"base_model.path={RECIPES / self.model}", f"sweep.seed=[{self.seed}]", *orders]
+        recipe, fragments = self.asked.get("recipe", "mini/sequential"), self.asked.get("with", ())
+        [member] = members(load_recipe(recipe, [*own, *self.keys], fragments))
         return member.recipe
 
 
@@ -77,14 +79,16 @@ def entries(board: Mapping[str, Any]) -> list[Entry]:
             for method, asked in board["methods"].items():
                 bound, first = "bound" in asked, at == number == 0
                 if first or (asked.get("main") and not (bound and number)):
+                    keys = [*board["all"], *asked.get("set", ())]
                     for base, model in bases if asked.get("main") else bases[:1]:
-                        found.append(Entry(base, model, method, asked, None if bound else order, seed))
+                        found.append(Entry(base, model, method, asked, keys, None if bound else order, seed))
     return found
 
 
 def run(options: argparse.Namespace) -> int:
     """Do the runs that have no record, as many as were asked for; the exit code."""
-    board, terminal, launch = read_board(), Terminal(), Launch.named(options.launch)
+    board, terminal = read_board(), Terminal()
+    launch = Launch.named(options.launch or ("fork" if gpu_gib() is None else "single"))
     if unknown := set(options.methods) - set(board["methods"]):
         remedy = f"It has {', '.join(board['methods'])}"
         raise InputError(f"has no method {min(unknown)}", where=HERE / "board.yaml", remedy=remedy)
@@ -112,7 +116,7 @@ def _run(entry: Entry, options: argparse.Namespace, launch: Launch, terminal: Te
     """Do a run, or what is left of it, and write its record. Raises `InputError` and `ChildFailed`."""
     recipe, folder = entry.recipe(), options.runs / entry.name
     current = start_run(recipe, folder, launch, terminal)
-    perform_steps(current, current.steps(), terminal)
+    perform_steps(current, [step for step in current.steps() if step.name != "report"], terminal)
     keeps = max((get_method(name).keeps for name in recipe.method), key=KEEPS.index, default=KEEPS[0])
     record = make_record(
         folder,
@@ -156,7 +160,7 @@ def main() -> None:
     runs.add_argument("methods", nargs="*", metavar="METHOD", help="default: all of the board")
     runs.add_argument("--most", type=int, help="end after so many runs")
     runs.add_argument("--runs", type=Path, default=Path("runs") / "leaderboard", help="folder of the runs")
-    runs.add_argument("--launch", default="fork", help="as of `mcit run`")
+    runs.add_argument("--launch", help="as of `mcit run`; default: fork, with a GPU single")
     runs.set_defaults(do=run)
     made = verbs.add_parser("page")
     made.add_argument("--page", type=Path, default=PAGE)
@@ -174,6 +178,8 @@ def main() -> None:
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

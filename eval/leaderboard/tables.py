@@ -91,8 +91,8 @@ def _records(board: Board, method: str) -> list[Record]:
 
 def _against(board: Board, method: str) -> str:
     """Sequential tuning under the same lineage. What merges independent adapters has none of its own."""
-    lineage = _records(board, method)[0]["train"]["lineage"]
-    return "sequential_continue" if lineage == "continue" else "sequential"
+    continues = _records(board, method)[0]["train"]["lineage"] == "continue"
+    return "sequential_continue" if continues and method != "sequential_continue" else "sequential"
 
 
 def _group(board: Board, methods: Sequence[str], kept: str, planned: Mapping[str, int]) -> list[Row]:

@@ -33,8 +33,11 @@ _LINE_END = re.compile(rb"[\r\n]+")
 class Child(Protocol):
     """What is needed of a child process that leads a process group of its own, as `subprocess.Popen` has it."""
 
-    pid: int
-    stdout: IO[bytes] | None
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
 
     def poll(self) -> int | None: ...
 
