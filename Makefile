@@ -5,10 +5,10 @@ BIN := .venv/bin
 VARIANT ?= $(shell nvidia-smi > /dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINTS := $(if $(filter gpu,$(VARIANT)),constraints-gpu.txt,constraints.txt)
 
-.PHONY: help install demo test test-all lint format clean
+.PHONY: help install demo leaderboard test test-all lint format clean
 
 help:
-	@echo "make install | demo | test | test-all | lint | format | clean"
+	@echo "make install | demo | leaderboard | test | test-all | lint | format | clean"
 
 install: .venv/installed-$(VARIANT)
 
@@ -24,6 +24,13 @@ demo: install
 	$(BIN)/mcit run mini/sequential --run-dir runs/demo/sequential
 	$(BIN)/mcit run mini/sefe --run-dir runs/demo/sefe
 	$(BIN)/mcit report runs/demo/sequential runs/demo/sefe --out runs/demo/report
+
+# Every method over the mini stream, those runs of the board that have no record yet, JOBS at a time; then its page. Stop it
+# whenever you like: the next sitting goes on from there.
+JOBS ?= 2
+leaderboard: install
+	-seq $(JOBS) | xargs -I {} -P $(JOBS) $(BIN)/python benchmarks/leaderboard/board.py run
+	$(BIN)/python benchmarks/leaderboard/board.py page
 
 # One representative of each axis.
 test: install

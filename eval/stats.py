@@ -85,3 +85,69 @@ def mean_interval(values: Sequence[float]) -> Interval:
         return {"mean": centre, "low": None, "high": None, "n": count}
     half = float(t.ppf((1 + LEVEL) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
     return {"mean": centre, "low": centre - half, "high": centre + half, "n": count}
+
+
+def drawn_runs(runs: Sequence[tuple[Hashable, Hashable]], seed: int = 0) -> np.ndarray:
+    """[1 + resamples, runs]: how much each run, named by (group, unit), counts when groups and units are drawn anew.
+
+    Groups are drawn with replacement, as many as there are, and in each of those drawn its units (hierarchical
+    bootstrap: Davison & Hinkley, "Bootstrap Methods and their Application", 1997, sec. 3.8). Every group drawn weighs
+    the same, every unit drawn of it too, and the runs of a unit share its weight, so that a row sums to 1. In the first
+    row each is drawn once.
+    """
+    groups: dict[Hashable, dict[Hashable, list[int]]] = {}
+    for place, (group, unit) in enumerate(runs):
+        groups.setdefault(group, {}).setdefault(unit, []).append(place)
+    generator, weights = np.random.default_rng(seed), np.zeros((1 + RESAMPLES, len(runs)))
+    times = generator.multinomial(len(groups), [1 / len(groups)] * len(groups), size=RESAMPLES)
+    for units, drawn in zip(groups.values(), times.T, strict=True):
+        counts = generator.multinomial(drawn * len(units), [1 / len(units)] * len(units))
+        counts = np.vstack([np.ones(len(units)), counts])
+        for places, count in zip(units.values(), counts.T, strict=True):
+            weights[:, places] = (count / (len(groups) * len(units) * len(places)))[:, None]
+    return weights
+
+
+def bootstrap_error(drawn: np.ndarray, units: int) -> float | None:
+    """The standard error of a mean over `units` independent units, from its value in resamples that drew them anew.
+
+    The spread over resamples, times sqrt(n / (n − 1)), by which drawing n of n falls short (Davison & Hinkley 1997,
+    sec. 2.3). None for fewer than two units.
+    """
+    return None if units < 2 else float(drawn.std(ddof=1)) * math.sqrt(units / (units - 1))
+
+
+def error_interval(value: float, error: float | None, units: int) -> Interval:
+    """A 95 % t interval from a standard error: value ± t_{0.975, n−1} · error."""
+    from scipy.stats import t  # here: takes a second, and most commands do not need it
+
+    if error is None:
+        return {"mean": value, "low": None, "high": None, "n": units}
+    half = float(t.ppf((1 + LEVEL) / 2, units - 1)) * error
+    return {"mean": value, "low": value - half, "high": value + half, "n": units}
+
+
+def error_test(value: float, error: float | None, units: int) -> float | None:
+    """The two-sided p-value of a t test against 0, with n − 1 degrees of freedom; None without an error."""
+    from scipy.stats import t  # here: takes a second, and most commands do not need it
+
+    if error is None:
+        return None
+    if error == 0:
+        return float(value == 0)
+    return float(2 * t.sf(abs(value) / error, units - 1))
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """P-values corrected for being several (Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979).
+
+    The i-th smallest of m is multiplied by m − i + 1, and is no smaller than those before it, nor larger than 1. What
+    is None was not tested: it stays, and does not count.
+    """
+    tested = sorted((value, place) for place, value in enumerate(p_values) if value is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    floor = 0.0
+    for rank, (value, place) in enumerate(tested):
+        floor = max(floor, min(1.0, (len(tested) - rank) * value))
+        corrected[place] = floor
+    return corrected

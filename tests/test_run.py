@@ -300,6 +300,33 @@ def test_the_files_of_a_finished_run(folder):
     assert markers[1]["inputs"]["policy"] == markers[0]["policy"] and markers[1]["seconds"] > 0
 
 
+@pytest.mark.slow
+def test_forked_from_one_process_a_run_is_the_same(folder, monkeypatch):
+    """Weights and log to the bit, answers to the letter; of two runs, the second is forked from the same processes."""
+    monkeypatch.setenv("MCIT_CACHE", str(folder / "another-cache"))  # or the answers would come from the other run
+    for name in ("forked", "forked-again"):
+        recipe = load_recipe(folder / "two.yaml")
+        run = start_run(recipe, folder / name, Launch.named("fork"), quiet())
+        perform_steps(run, run.steps(), quiet())
+        assert _made(run.dir) == _made(folder / "run")
+        shutil.rmtree(folder / "another-cache")
+
+
+def _made(run: Path) -> dict[str, object]:
+    """What a run has made, without times and the base's place."""
+    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    logs = [read_jsonl(path) for path in sorted(run.glob("stages/*/train_log.jsonl"))]
+    answers = {str(path.relative_to(run)): path.read_text() for path in run.glob("predictions/*/*.jsonl")}
+    results = read_json(run / "results.json")
+    assert len(logs) == 2 and len(answers) == 6
+    return {
+        "logs": [[{key: row[key] for key in row if key not in timed} for row in log] for log in logs],
+        "policies": results["hashes"]["policies"],
+        "engines": results["engines"],
+        **answers,
+    }
+
+
 def test_a_finished_run_has_nothing_to_do(folder):
     before, terminal = stamps(folder), quiet()
     run = open_run(folder, terminal=terminal)

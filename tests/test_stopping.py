@@ -40,8 +40,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def start_mcit(folder: Path, run: str) -> subprocess.Popen[str]:
-    command = ["train", "two.yaml", "--stage", "1", "--run-dir", run, *OVERRIDES]
+def start_mcit(folder: Path, run: str, how: str) -> subprocess.Popen[str]:
+    command = ["train", "two.yaml", "--stage", "1", "--run-dir", run, "--launch", how, *OVERRIDES]
     return subprocess.Popen(
         [sys.executable, "-c", CODE, *command],
         cwd=folder,
@@ -57,29 +57,32 @@ def steps(folder: Path, run: str) -> int:
     return max((int(path.name) for path in checkpoints), default=0)
 
 
-def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path) -> None:
+@pytest.mark.parametrize("how", ["single", pytest.param("fork", marks=pytest.mark.slow)])
+def test_a_run_that_is_stopped_inside_a_stage_goes_on_there(folder: Path, how: str) -> None:
     """Asked to stop, it ends by itself with a checkpoint; one that is killed leaves nobody at work behind it."""
-    lock = folder / "stopped" / "steps" / "train-1.lock"
-    with start_mcit(folder, "stopped") as mcit:
-        wait_for(lambda: steps(folder, "stopped") >= 2, PATIENT)
+    stopped = f"stopped-{how}"
+    lock = folder / stopped / "steps" / "train-1.lock"
+    with start_mcit(folder, stopped, how) as mcit:
+        wait_for(lambda: steps(folder, stopped) >= 2, PATIENT)
         children = psutil.Process(mcit.pid).children(recursive=True)
         mcit.terminate()
         said = mcit.communicate(timeout=PATIENT)[1]
     assert mcit.returncode == EXIT_CODE and "the same command goes on from here" in said
-    assert not any(child.is_running() for child in children) and holder(lock) is None
-    log = (folder / "stopped" / "logs" / "train-1.log").read_text()
-    assert f"stopped after step {steps(folder, 'stopped')};" in log
+    assert holder(lock) is None
+    wait_for(lambda: not any(child.is_running() for child in children), PATIENT if how == "fork" else 0)
+    log = (folder / stopped / "logs" / "train-1.log").read_text()
+    assert f"stopped after step {steps(folder, stopped)};" in log
 
-    first = steps(folder, "stopped")
-    with start_mcit(folder, "stopped") as mcit:
-        wait_for(lambda: steps(folder, "stopped") >= first + 2, PATIENT)
+    first = steps(folder, stopped)
+    with start_mcit(folder, stopped, how) as mcit:
+        wait_for(lambda: steps(folder, stopped) >= first + 2, PATIENT)
         mcit.kill()
     wait_for(lambda: holder(lock) is None and holder(lock.with_name("stage-1.lock")) is None, PATIENT)
-    assert first + 2 <= steps(folder, "stopped") < 60
+    assert first + 2 <= steps(folder, stopped) < 60
 
     policies = []
-    for name in ("stopped", "whole"):
-        run = start_run(load_recipe(folder / "two.yaml", OVERRIDES), folder / name, Launch.named("single"), quiet())
+    for name, launch in ((stopped, how), ("whole", "single")):
+        run = start_run(load_recipe(folder / "two.yaml", OVERRIDES), folder / name, Launch.named(launch), quiet())
         train_stage(run, 1, quiet())
         policies.append(read_json(run.stage_dir(1) / "done.json")["policy"])
         assert not list((run.dir / "stages").glob(".*"))

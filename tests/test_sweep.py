@@ -11,7 +11,8 @@ from rich.console import Console
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
 from mcit.eval.metrics import continual_metrics
-from mcit.eval.report.sweep import shown, write_sweep_report
+from mcit.eval.report.sweep import write_sweep_report
+from mcit.eval.report.words import shown
 from mcit.eval.results import read_results
 from mcit.eval.stats import mean_interval
 from mcit.eval.sweep import assemble_sweep, is_sweep, read_sweep

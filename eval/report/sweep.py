@@ -7,10 +7,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoes
 
 from mcit.data_prep.files import atomic_open
 
-from ..stats import Interval
 from ..sweep import Matrix, read_sweep
 from .heatmaps import write_matrix_image
-from .words import METRICS
+from .words import METRICS, shown
 
 
 def write_sweep_report(paths: list[Path], out: Path) -> Path:
@@ -35,14 +34,6 @@ def write_sweep_report(paths: list[Path], out: Path) -> Path:
     with atomic_open(out / "index.html") as file:
         file.write(page)
     return out / "index.html"
-
-
-def shown(interval: Interval | None) -> str:
-    """`71.3 ± 2.1`, half of the interval's width after the sign, or the mean alone where there is no interval."""
-    if interval is None:
-        return "–"
-    half = None if interval["high"] is None else interval["high"] - interval["mean"]
-    return f"{interval['mean']:.1f}" if half is None else f"{interval['mean']:.1f} ± {half:.1f}"
 
 
 def _means(name: str, matrix: Matrix) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from ..stats import Interval
+
 METRICS = {  # the order of the table, and what each says
     "MFT": "mean score right after a task was learned",
     "MFN": "mean score after the last stage",
@@ -112,6 +114,14 @@ def with_bounds(value: float | None, bounds: tuple[float, float] | None, digits:
     if value is None:
         return "–"
     return f"{value:.{digits}f}" + (f" [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]" if bounds else "")
+
+
+def shown(interval: Interval | None) -> str:
+    """`71.3 ± 2.1`, half of the interval's width after the sign, or the mean alone where there is no interval."""
+    if interval is None:
+        return "–"
+    half = None if interval["high"] is None else interval["high"] - interval["mean"]
+    return f"{interval['mean']:.1f}" if half is None else f"{interval['mean']:.1f} ± {half:.1f}"
 
 
 def signed(found: Mapping[str, Any], key: str = "difference") -> str:

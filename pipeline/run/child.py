@@ -9,8 +9,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 from mcit.data_prep.errors import InputError
 
@@ -29,6 +30,23 @@ _EXIT = re.compile(r"exit status (\d+)|exitcode\s*: (\d+)")  # what accelerate a
 _LINE_END = re.compile(rb"[\r\n]+")
 
 
+class Child(Protocol):
+    """What is needed of a child process that leads a process group of its own, as `subprocess.Popen` has it."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stdout(self) -> IO[bytes] | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self) -> int: ...
+
+
+Start = Callable[[Sequence[str], Mapping[str, str], Sequence[int]], Child]  # of a command, under what environment
+
+
 class ChildFailed(Exception):
     """A child process ended with an error that is not the user's; the text holds its last lines and the log's path."""
 
@@ -40,18 +58,21 @@ def run_child(
     show: Callable[[str], None],
     *keep_open: int,
     launcher: bool = False,
+    start: Start | None = None,
 ) -> None:
     """Run `command` with its output in `log`, calling `show` with each line it prints (progress bars included).
 
     The child inherits the file descriptors `keep_open`, the step's locks, so that the step stays locked until the child
-    too is gone. A `launcher` does not hear what asks processes to stop, at which it would end or kill those that it
-    started; they hear it, and it ends with them. Raises `InputError` with the child's own line if it refused its input,
-    `Preempted` if it says that it was asked to stop, otherwise `ChildFailed`.
+    too is gone. It is a new process unless `start` makes it otherwise (`ForkServer.start`). A `launcher` does not hear
+    what asks processes to stop, at which it would end or kill those that it started; they hear it, and it ends with
+    them. Raises `InputError` with the child's own line if it refused its input, `Preempted` if it says that it was
+    asked to stop, otherwise `ChildFailed`.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=100)
     refused = None
-    with open(log, "wb") as file, _watched(command, env, file, keep_open, launcher) as child:
+    begin = partial(start or _spawn, command, env, keep_open)
+    with open(log, "wb") as file, _watched(begin, file, launcher) as child:
         assert child.stdout is not None
         for line in _lines(child.stdout, file):
             last.append(line)
@@ -67,14 +88,21 @@ def run_child(
         raise ChildFailed("\n".join([*_without_launcher(list(last))[-15:], f"exit code {code}; the whole log: {log}"]))
 
 
+def _spawn(command: Sequence[str], env: Mapping[str, str], keep_open: Sequence[int]) -> subprocess.Popen[bytes]:
+    """A new process that runs `command`."""
+    return subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        pass_fds=keep_open,
+    )
+
+
 @contextlib.contextmanager
-def _watched(
-    command: Sequence[str],
-    env: Mapping[str, str],
-    log: IO[bytes],
-    keep_open: Sequence[int],
-    launcher: bool,
-) -> Iterator[subprocess.Popen[bytes]]:
+def _watched(begin: Callable[[], Child], log: IO[bytes], launcher: bool) -> Iterator[Child]:
     """The child in a process group of its own, stopped when the block is left by an error or this process dies.
 
     What a launcher that died has left of its group does not outlive the block either. A launcher's group is asked again
@@ -89,15 +117,7 @@ def _watched(
             start_new_session=True,
         )
     with deaf_children(*(SIGNALS if launcher else (signal.SIGUSR1,))):
-        child = subprocess.Popen(
-            command,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=keep_open,
-        )
+        child = begin()
         assert watchdog.stdin is not None
         watchdog.stdin.write(f"{child.pid}\n".encode())
         watchdog.stdin.flush()
@@ -112,7 +132,7 @@ def _watched(
         watchdog.wait()
 
 
-def _stop(child: subprocess.Popen[bytes], log: IO[bytes], again: bool) -> None:
+def _stop(child: Child, log: IO[bytes], again: bool) -> None:
     """Ask the child's group to stop, once or `again` and again, and kill it if that takes more than `PATIENCE`.
 
     What it still says is logged.

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from mcit.data_prep.files import hash_json, read_json, read_text
 
 from ..recipe.layers import RECIPES, nearest
 from ..recipe.text import parse_yaml
-from .doctor import cores
+from .doctor import cores, gpu_gib
 
 Facts = dict[str, Any]
+FORK = "fork"  # the name of the launch that is in none of accelerate's files
 Show = Callable[[str], None]
 
 
@@ -26,17 +27,26 @@ class Launch:
     processes: int  # on all nodes together
     nodes: int = 1  # of a SLURM job step, in which each starts its share
     mode: str = "single"  # how processes share a model out: single, ddp, zero2, zero3, or what accelerate calls it
+    forks: bool = False  # stages and evaluation are forked from processes that have imported what they need
 
     @classmethod
     def named(cls, name: str, gpus: int | None = None, nodes: int = 1) -> "Launch":
-        """`single`, `ddp`, `zero2`, … (recipes/accelerate/), or the path of an accelerate configuration.
+        """`single`, `ddp`, `zero2`, … (recipes/accelerate/), `fork`, or the path of an accelerate configuration.
 
-        `gpus` is the number of processes on each node. Raises `InputError`.
+        `fork` is `single` without the start of a process for each stage. `gpus` is the number of processes on each
+        node. Raises `InputError`.
         """
+        if name == FORK:
+            if gpu_gib() is not None:
+                problem = "is for machines without a GPU, which a process forks before it can be sure not to use"
+                raise InputError(problem, where=f"--launch {name}", remedy="Add --launch single")
+            return replace(cls.named("single", gpus, nodes), forks=True)
         known = {file.stem: file for file in (RECIPES / "accelerate").glob("*.yaml")}
         path = known.get(name, Path(name))
         if not path.is_file():
-            raise InputError("no such launch configuration", where=f"--launch {name}", remedy=nearest(name, known))
+            raise InputError(
+                "no such launch configuration", where=f"--launch {name}", remedy=nearest(name, [*known, FORK])
+            )
         config = parse_yaml(read_text(path), str(path))
         if not isinstance(config, dict):
             raise InputError("is not an accelerate configuration", where=path)
@@ -55,8 +65,8 @@ class Launch:
         """Which of the nodes this is."""
         return int(_told("SLURM_NODEID", self.nodes)) if self.nodes > 1 else 0
 
-    def command(self, script: Path) -> list[str]:
-        """The start of the command line that runs `script`."""
+    def command(self, *script: Path | str) -> list[str]:
+        """The command line that runs a script with arguments."""
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(self.config)]
         launcher += ["--num_processes", str(self.processes)]
         if "OMP_NUM_THREADS" not in os.environ:  # else accelerate gives each process one thread
@@ -66,7 +76,7 @@ class Launch:
             launcher += ["--main_process_ip", _told("MASTER_ADDR", self.nodes)]
             launcher += ["--main_process_port", _told("MASTER_PORT", self.nodes)]
             launcher += ["--deepspeed_multinode_launcher", "standard"]  # as without DeepSpeed; else it would use ssh
-        return [*launcher, str(script)]
+        return [*launcher, *map(str, script)]
 
 
 def _mode(config: dict[str, Any], processes: int) -> str:

@@ -33,10 +33,14 @@ from ..recipe.schema import Phase, Recipe, Stage
 from ..stage.workplace import work_folder
 from .child import run_child
 from .disk import check_run
+from .forks import SCRIPT, fork_server
 from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
 from .start import find_start, forget_start, place_start, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
+
+# What an evaluation imports when it needs it.
+ENGINES = ("mcit.eval.engines.vllm", "vllm", "mcit.eval.engines.transformers", "mcit.eval.liveness")
 
 
 class Run:
@@ -259,8 +263,9 @@ class Run:
         script = Path(__file__).parents[1] / f"{phase}.py"
         settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
         write_recipe(self.recipe, settled)
-        options = ["--recipe", settled, "--stage", stage.k, "--run-dir", self.dir]
-        self._child(name, [*self.launch.command(script), *map(str, options)], show, *locks, launcher=True)
+        options = ["--recipe", str(settled), "--stage", str(stage.k), "--run-dir", str(self.dir)]
+        command, modules = [str(script), *options], (f"mcit.pipeline.{phase}",)
+        self._child(name, self.launch.command(), command, modules, show, *locks, launcher=True)
 
     def rows(self) -> list[int]:
         """The stages of which something is evaluated, 0 being the base."""
@@ -307,11 +312,14 @@ class Run:
                 file = self.dir / "steps" / f"{step.file_name}-cells.json"
                 modules = [self.recipe.folder, os.getcwd()]  # where scorers of the user's own are
                 write_json(file, {"cells": todo, "config": config.model_dump(), "modules": modules})
-                command = [sys.executable, "-P", "-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)]
+                python, command = (
+                    [sys.executable, "-P"],
+                    ["-m", "mcit.eval.evaluate", str(self.dir), "--cells", str(file)],
+                )
                 with contextlib.ExitStack() as stack:
                     others = [self.evaluate(row=k) for k in sorted({k for k, _ in todo}) if row is None]
                     locks = [stack.enter_context(self._locked(other)) for other in others]
-                    self._child(step.file_name, command, listen, lock, *locks)
+                    self._child(step.file_name, python, command, ENGINES, listen, lock, *locks)
             engines = {str(read_json(load_cell(self.dir, *cell, config).marker)["engine"]) for cell in wanted}
             return {"answered": len(todo), "engines": sorted(engines), "notes": notes}
 
@@ -421,11 +429,27 @@ class Run:
     def _locked(self, step: Step) -> contextlib.AbstractContextManager[int]:
         return locked(self.lock(step), f"{step.title} of {self.dir}")
 
-    def _child(self, name: str, command: list[str], show: Show, *locks: int, launcher: bool = False) -> None:
-        """Run a child process of a step, with its log in RUN/logs/."""
+    def _child(
+        self,
+        name: str,
+        python: list[str],
+        command: list[str],
+        modules: tuple[str, ...],
+        show: Show,
+        *locks: int,
+        launcher: bool = False,
+    ) -> None:
+        """Run a child process of a step, with its log in RUN/logs/: `command`, by the command line `python`.
+
+        Where children are forked, it is from a process that has imported `modules`.
+        """
         # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
         usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         usual |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
-        env = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}
-        run_child(command, self.dir / "logs" / f"{name}.log", env, show, *locks, launcher=launcher)
+        env, log = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}, self.dir / "logs" / f"{name}.log"
+        if self.launch.forks:
+            start = fork_server([*python, str(SCRIPT), *modules], env).start
+            run_child(command, log, env, show, *locks, launcher=launcher, start=start)
+        else:
+            run_child([*python, *command], log, env, show, *locks, launcher=launcher)

@@ -18,7 +18,9 @@ With = Annotated[
     typer.Option("--with", metavar="METHOD", help="Add a method: a name (`mcit methods`), a file, or module:Class."),
 ]
 RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept. Default: runs/<the recipe's name>.")]
-LaunchOption = Annotated[str, typer.Option(help="single, ddp, zero2, zero3, or an accelerate configuration file.")]
+LaunchOption = Annotated[
+    str, typer.Option(help="single, fork, ddp, zero2, zero3, or an accelerate configuration file.")
+]
 Gpus = Annotated[int | None, typer.Option(min=1, help="Number of training processes, on each node.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from mcit.data_prep.files import write_json
 from mcit.eval.compare import Comparison, compare_members, compare_runs
 from mcit.eval.report.page import write_report
-from mcit.eval.report.sweep import shown, write_sweep_report
-from mcit.eval.report.words import old_task_verdicts, signed
+from mcit.eval.report.sweep import write_sweep_report
+from mcit.eval.report.words import old_task_verdicts, shown, signed
 from mcit.eval.results import read_results
 from mcit.eval.sweep import SweepResults, is_sweep, read_sweep
 
