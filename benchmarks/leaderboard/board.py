@@ -24,8 +24,9 @@ from mcit.eval.leaderboard.records import make_record, read_records
 from mcit.eval.leaderboard.tables import KEEPS, tables
 from mcit.pipeline.methods import get_method
 from mcit.pipeline.recipe.layers import RECIPES
+from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.orders import members
-from mcit.pipeline.recipe.schema import Recipe, load_recipe
+from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.recipe.text import parse_yaml
 from mcit.pipeline.run.child import ChildFailed
 from mcit.pipeline.run.doctor import gpu_gib
