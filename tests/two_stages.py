@@ -114,7 +114,7 @@ class Stages:
         # of whose answers would ever be right.
         write_json(task, read_json(task) | {"reward": "rewarding:letters"})
         self.done: dict[tuple[str, ...], Trained] = {}
-        gc.freeze()  # trainers collect garbage when they begin, which took a seventh of the time: imports' is not looked at
+        gc.freeze()  # a trainer collects garbage when it begins; to look through all that was imported takes long
 
     def __call__(self, section: Section, lineage: str, paradigm: str, *overrides: str, stop: bool = False) -> Any:
         """(stage 1, stage 2)"""
