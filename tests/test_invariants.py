@@ -350,6 +350,26 @@ def test_how_a_step_is_computed_changes_nothing(train: Train, name: str, lineage
 
 
 @pytest.mark.parametrize(
+    ("name", "lineage", "paradigm"),
+    take_one(
+        [
+            (name, lineage, paradigm)
+            for name, method in METHODS.items()
+            for lineage in method.lineages
+            for paradigm in method.paradigms
+            if method.packs
+        ],
+        ("reglora", "stack", "sft"),
+    ),
+)
+def test_packing_changes_nothing(train: Train, name: str, lineage: str, paradigm: str) -> None:
+    """Questions on a picture, and answers to a prompt, in one row."""
+    plain, packed = (train(section(name), lineage, paradigm, *more)[1] for more in ((), ("train.packing=true",)))
+    assert largest_gap(plain.after, packed.after) < 1e-5
+    assert_same_losses(plain.folder, packed.folder, "loss", "grad_norm")
+
+
+@pytest.mark.parametrize(
     ("name", "mode"),
     take_one(
         [(name, mode) for name, method in METHODS.items() for mode in method.distributed if mode != "single"],
