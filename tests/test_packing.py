@@ -40,7 +40,7 @@ def seen(packing: Packing) -> Tensor:
     """[packed, size, size]: whether a token, by row and place, sees another."""
     rows, size = packing.picked.shape
     row, query, key = torch.meshgrid(torch.arange(rows), torch.arange(size), torch.arange(size), indexing="ij")
-    return packing.sees(row, row, query, key) & (key <= query)
+    return packing.sees(row, row, query, key)
 
 
 def test_rows_that_begin_alike_are_one_tree() -> None:
@@ -260,7 +260,7 @@ def test_a_model_whose_rows_are_something_else_packed_is_refused(
     prepared: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one would be whose attention has a mask of its own."""
-    monkeypatch.setattr(Packing, "sees", lambda self, row, head, query, key: row == row)
+    monkeypatch.setattr(Packing, "sees", lambda self, row, head, query, key: (row == row) & (key <= query))
     with pytest.raises(InputError, match=r"train.packing: does not work for Qwen2_5_VL.*rows know of each other"):
         train(prepared, tmp_path / "run")
 

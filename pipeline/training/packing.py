@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from mcit.data_prep.errors import InputError
 
@@ -43,10 +43,17 @@ class Packing:
         return Packing(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
     def sees(self, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether a token may look at an earlier one of its row, as transformers' mask functions say it."""
+        """Whether a token looks at another one of its row; indices that broadcast, as transformers wants it."""
         branch, tree = self.branch, self.tree
         on_its_way = (branch[row, key] == NONE) | (branch[row, key] == branch[row, query])
-        return on_its_way & (tree[row, key] == tree[row, query])
+        return on_its_way & (tree[row, key] == tree[row, query]) & (key <= query)
+
+    def mask(self, config: Any, like: Tensor) -> Any:
+        """What a decoder's attention takes for a mask, for embeddings as `like`, [packed, size, width]."""
+        rows, size = self.picked.shape
+        make = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]
+        options = {"allow_is_causal_skip": False, "dtype": like.dtype, "device": like.device}
+        return make(batch_size=rows, q_length=size, kv_length=size, mask_function=self.sees, **options)
 
 
 class _Tree(NamedTuple):
@@ -132,9 +139,7 @@ def read_packed(model: nn.Module) -> int:
         if at_hand:
             at_hand[:] = [packing] = [at_hand[0].to(kwargs["inputs_embeds"].device)]
             kwargs |= _picked(kwargs, packing.picked)
-            embeddings = kwargs["inputs_embeds"]
-            mask = create_causal_mask(decoder.config, embeddings, None, None, and_mask_function=packing.sees)
-            kwargs["attention_mask"] = mask
+            kwargs["attention_mask"] = packing.mask(decoder.config, kwargs["inputs_embeds"])
         return args, kwargs
 
     def put_back(module: Any, args: Any, output: Any) -> Any:
