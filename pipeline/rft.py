@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from mcit.pipeline.reinforcement.groups import check_whole_groups
 from mcit.pipeline.reinforcement.guard import Guard
 from mcit.pipeline.reinforcement.prompts import check_roles, prompt_dataset
 from mcit.pipeline.reinforcement.references import References
@@ -18,6 +19,7 @@ from mcit.pipeline.stage.entering import Entered
 from mcit.pipeline.stage.stage import main
 from mcit.pipeline.training.arguments import make_config
 from mcit.pipeline.training.batches import check_prompts, with_images
+from mcit.pipeline.training.packing import read_packed
 
 # Nats per token; the previous policy is the entering one, so only rounding may separate them.
 KL_AT_START = {"float32": 1e-4, "bfloat16": 1e-2, "float16": 1e-2}
@@ -38,7 +40,10 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
     prompts = args.generation_batch_size // args.num_generations
     has_images = with_images(entered.samples)
     check_prompts(has_images, prompts, entered.stage.name)
-    check_groups(args.per_device_train_batch_size * args.steps_per_generation, args.num_generations, tries)
+    per_process = args.per_device_train_batch_size * args.steps_per_generation
+    check_groups(per_process, args.num_generations, tries)
+    if train.packing:
+        check_whole_groups(args.per_device_train_batch_size, per_process, args.num_generations)
     references, engine = References(entered), _engine(entered)
     rollouts = Rollouts(engine, rewards, tries)
     trainer = StageGRPOTrainer(
@@ -48,6 +53,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
         beta=section.args.get("beta", 0.0),
         leave_one_out=section.algorithm == "rloo",
         tolerance=section.rollout.tolerance,
+        packed=read_packed(entered.model) if train.packing else None,
         model=entered.model,
         reward_funcs=rewards.functions,
         args=args,

@@ -12,8 +12,9 @@ from trl import SFTTrainer
 from mcit.pipeline.stage.entering import Entered
 from mcit.pipeline.stage.stage import main
 from mcit.pipeline.training.arguments import make_config, processes, split_batch
-from mcit.pipeline.training.batches import GlobalBatchSampler, MicroBatches
+from mcit.pipeline.training.batches import GlobalBatchSampler, MicroBatches, same_images
 from mcit.pipeline.training.collator import IGNORED, Collator
+from mcit.pipeline.training.packing import read_packed
 from mcit.pipeline.training.trainer import MethodLoss
 
 
@@ -49,7 +50,7 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
 
 
 def make_trainer(entered: Entered) -> StageSFTTrainer:
-    """The trainer of a stage: our collator on whole global batches, nothing packed or truncated.
+    """The trainer of a stage: our collator on whole global batches, nothing truncated, nothing packed by TRL.
 
     Replayed samples are in the same micro-batches: rows know nothing of each other, and a forward pass is saved.
     """
@@ -57,7 +58,9 @@ def make_trainer(entered: Entered) -> StageSFTTrainer:
     wanted, size = train.sft.args.get("per_device_train_batch_size"), train.batch_size("sft")
     per_device, _ = split_batch(size, processes(), wanted, replays.per_batch)
     drawn = list(replays.drawn.values())
-    sampler = GlobalBatchSampler(replays.has_images, size, per_device, processes(), entered.seed, drawn)
+    alike = same_images(entered.samples) if train.sft.order == "by_image" else None
+    sampler = GlobalBatchSampler(replays.has_images, size, per_device, processes(), entered.seed, drawn, alike)
+    packed = read_packed(entered.model) if train.packing else None
     own = {
         "max_length": None,
         "packing": False,
@@ -69,7 +72,7 @@ def make_trainer(entered: Entered) -> StageSFTTrainer:
         sampler,
         model=entered.model,
         args=make_config(entered, own),
-        data_collator=Collator(entered.processor, replays.samples, entered.max_length, own=replays.own),
+        data_collator=Collator(entered.processor, replays.samples, entered.max_length, own=replays.own, packed=packed),
         train_dataset=Dataset.from_dict({"index": list(range(replays.own))}),
         processing_class=entered.processor,
         callbacks=entered.callbacks,

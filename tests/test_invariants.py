@@ -7,7 +7,7 @@
   matters most. What else a lineage does is the same for all methods (`test_lineage.py`):
   - *neutral*: every method, in each paradigm;
   - *state*: methods that leave one, in supervised tuning: reading it knows of no paradigm;
-  - *stopped* and *how*: methods that act while a stage trains (`acts`), in each paradigm. The others train as an empty
+  - *stopped*, *how* and *packing*: methods that act while a stage trains (`acts`), in each paradigm. The others train as an empty
     `method:` does, which `test_resume.py` and `test_batches.py` look at;
   - *served*: methods that have something else evaluated, in every lineage.
 
@@ -176,3 +176,11 @@ def test_how_a_step_is_computed_changes_nothing(
     )
     assert plain.rest == other.rest and largest_gap(plain.weights, other.weights) < 1e-5
     assert_same_losses(plain.folder, other.folder, "loss", "grad_norm")
+
+
+@cases([row for row in ACTING if METHODS[row[0]].packs], QUICK)
+def test_packing_changes_nothing(train: Stages, name: str, lineage: str, paradigm: str) -> None:
+    """Questions on a picture, and answers to a prompt, in one row."""
+    plain, packed = (train(section(name), lineage, paradigm, *more)[1] for more in ((), ("train.packing=true",)))
+    assert plain.rest == packed.rest and largest_gap(plain.weights, packed.weights) < 1e-5
+    assert_same_losses(plain.folder, packed.folder, "loss", "grad_norm")

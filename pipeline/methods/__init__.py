@@ -127,6 +127,9 @@ def build_methods(section: Mapping[str, Mapping[str, Any] | None], train: "Train
         _require(method, "lineage", train.lineage, method.lineages)
         for phase in train.phases:
             _require(method, "paradigm", phase, method.paradigms)
+        if train.packing and not method.packs:
+            problem = f"{method.name} looks at each sample's row as a whole"
+            raise InputError(problem, where="recipe", field="train.packing", remedy="Leave it out")
         if method.carries and {train.modules.projector, train.modules.vision} != {"frozen"}:
             problem = f"{method.name} trains nothing but its own weights"
             raise InputError(problem, where="recipe", field="train.modules", remedy="Leave projector and vision frozen")

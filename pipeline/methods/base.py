@@ -62,6 +62,7 @@ class Method:
     neutral: ClassVar[Mapping[str, Any]] = {}
     carried_as: ClassVar[Literal["merged", "extended"]] = "merged"  # what `leave` writes (`mcit.eval.serving`)
     needs_lora: ClassVar[bool] = False  # whether it acts on LoRA, and not beside a method that carries the policy
+    packs: ClassVar[bool] = True  # whether several samples may be in a row: not where a module looks at whole rows
     needs_hidden: ClassVar[bool] = False  # whether `loss` looks at `StepView.hidden`, which supervised tuning has
 
     def __init__(self, config: schema.Config):

@@ -55,6 +55,7 @@ class L2P(Method):
     paradigms = ("sft",)
     distributed = ("single", "ddp", "zero2")
     conflicts = ("freeze", "hft")
+    packs = False
     carried_as = "extended"
     Config = L2PConfig
     neutral: ClassVar[dict[str, Any]] = {"pool": 0}

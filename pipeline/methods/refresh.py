@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
-from ..training.collator import IGNORED
+from ..training.collator import IGNORED, REPLAYED, REPLAYED_LABELS
 from ..training.replay import backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method
@@ -108,9 +108,10 @@ class Refresh(Method):
         learned = torch.zeros((), device=trainer.args.device)
         with evaluating(model), torch.enable_grad(), trainer.accelerator.autocast():
             for batch in trainer.coming:
-                inputs = trainer._prepare_input({k: v for k, v in batch.items() if isinstance(v, Tensor)})
+                inputs = trainer._prepare_input(
+                    {k: v for k, v in batch.items() if k not in (REPLAYED, REPLAYED_LABELS)}
+                )
                 labels = inputs.pop("labels")
-                inputs.pop("replayed_labels", None)
                 states = backbone(model)(**inputs, use_cache=False).last_hidden_state
                 losses = [
                     answer_loss(hidden, row, self.head)

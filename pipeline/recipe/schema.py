@@ -55,6 +55,8 @@ class LoraSection(Config):
 class SftSection(Config):
     """`train.sft:`. `args` go to `trl.SFTConfig` unchanged, except for what the pipeline owns (batch size, output)."""
 
+    # Whether samples come in any order, or those on the same pictures one after the other, the pictures in any order.
+    order: Literal["shuffled", "by_image"] = "shuffled"
     args: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ class TrainConfig(Config):
     max_length: int | None = Field(
         default=None, gt=0
     )  # tokens of a sample, images included; default: the model's context
+    packing: bool = False  # several samples in a row; what those on one picture, or answers to one prompt, share, once
     # Optimizer steps, or `90s`, `10m`, `2h`, or `never`, between checkpoints inside a stage. Changes no result.
     checkpoint_every: int | str = "10m"
     sft: SftSection = Field(default_factory=SftSection)

@@ -14,6 +14,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 from ..policy.adapters import concat, live_adapter, lora_layers, negate
 from ..policy.lineage import add_frozen, load_past, without_past
 from ..stage.entering import Entered
+from ..training.packing import read_packed
 
 Name = Literal["base", "previous"]
 UNDO, COPY = "undo", "previous"  # names of frozen adapters
@@ -56,6 +57,8 @@ class References:
         for name in self.names:
             load = self.entered.load_base if name == "base" else self.entered.load_entering
             self.whole[name] = load(trainer.accelerator).requires_grad_(False)
+            if self.entered.stage.train.packing:
+                read_packed(self.whole[name])
             add_fused_lm_head(
                 self.whole[name],
                 temperature=trainer.temperature,

@@ -15,6 +15,7 @@ from ..methods import StepView
 from ..training.batches import GroupSampler, with_images
 from ..training.replay import Pass
 from ..training.trainer import MethodLoss
+from .groups import kept_together, packed_groups
 from .prompts import prompt_dataset
 from .references import References
 
@@ -30,7 +31,8 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
 
     `beta` weighs the KL to the policy that `reference` names. A micro-batch's log-probabilities under base and previous
     policy are computed once, however many iterations train on it. Replayed samples are in forward passes of their own,
-    in the last micro-step: TRL's batches are prompts and what was generated.
+    in the last micro-step: TRL's batches are prompts and what was generated. With `packed`, the decoder's hidden size,
+    the answers to a prompt stay together and share its row.
     """
 
     def __init__(
@@ -41,10 +43,12 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
         beta: float,
         leave_one_out: bool,
         tolerance: float,
+        packed: int | None = None,
         **kwargs: Any,
     ):
         self.has_images, self.references, self.reference = has_images, references, reference
         self.kl_weight, self.leave_one_out, self.tolerance = beta, leave_one_out, tolerance
+        self.packed = packed
         self.asked: list[Sample] = []  # of the generation batch in work, one each completion
         self.drawn_at = 0  # optimizer steps done when it was drawn
         self.notes: list[Callable[[], dict[str, Any]]] = []  # what `report` asks
@@ -65,6 +69,15 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
         """Whether everything that was generated has been learned from: checkpoints hold no rollouts."""
         args: Any = self.args
         return self._step % (args.steps_per_generation * self.num_iterations) == 0
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        with kept_together(self.num_generations) if self.packed else contextlib.nullcontext():
+            return super()._prepare_inputs(generation_batch)
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.packed:
+            model = packed_groups(model, self.num_generations, self.packed)
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.asked = [row["sample"] for row in inputs]  # a `rollout_func` is told the prompts alone

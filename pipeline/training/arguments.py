@@ -27,9 +27,8 @@ _INSTEAD = {
     ],
     "Set base_model.dtype": ["bf16", "fp16"],
     "Set base_model": ["model_init_kwargs", "trust_remote_code"],
-    "Samples are neither truncated nor packed; train.max_length refuses longer ones": [
-        *("max_length", "truncation_mode", "packing", "packing_strategy", "padding_free", "eval_packing"),
-    ],
+    "Samples are not truncated; train.max_length refuses longer ones": ["max_length", "truncation_mode"],
+    "Set train.packing": ["packing", "packing_strategy", "padding_free", "eval_packing"],
     "Data are prepared before training; loss is on the assistant's turns": [
         *("dataset_kwargs", "dataset_text_field", "dataset_num_proc", "completion_only_loss", "assistant_only_loss"),
         "remove_unused_columns",

@@ -7,7 +7,7 @@ inside the vision tower (ZeRO-3 hangs where only some of them have an image).
 """
 
 import random
-from collections.abc import Collection, Iterable, Iterator, Sequence, Sized
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence, Sized
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -42,6 +42,11 @@ class MicroBatches(Dataset[MicroBatch]):
 def with_images(samples: Sequence[Sample]) -> list[bool]:
     """Which samples have images."""
     return [bool(sample["images"]) for sample in samples]
+
+
+def same_images(samples: Sequence[Sample]) -> list[Hashable]:
+    """What is equal for samples with the same images; a sample without any is like no other."""
+    return [tuple(sample["images"]) or place for place, sample in enumerate(samples)]
 
 
 class Drawn(NamedTuple):
@@ -100,7 +105,8 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
     than there are processes, the others repeat one without loss.
 
     What is `drawn` beside the stage's own samples has the indices behind theirs. It changes neither which of these are
-    in a global batch nor how many global batches there are, and comes last in a micro-batch.
+    in a global batch nor how many global batches there are, and comes last in a micro-batch. Where `alike` is given,
+    the permutation is one of those in which the stage's samples with equal values follow each other.
     """
 
     def __init__(
@@ -111,7 +117,9 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
         processes: int,
         seed: int,
         drawn: Sequence[Drawn] = (),
+        alike: Sequence[Hashable] | None = None,
     ):
+        self.alike = alike
         self.has_images, self.global_batch_size = has_images, global_batch_size
         self.processes, self.seed, self.drawn = processes, seed, drawn
         self.own = len(has_images) - sum(len(beside.indices) for beside in drawn)
@@ -131,6 +139,10 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
     def __iter__(self) -> Iterator[MicroBatch]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         order = torch.randperm(self.own, generator=generator).tolist()
+        if self.alike:
+            groups = _grouped(order, self.alike)
+            chosen = torch.randperm(len(groups), generator=generator).tolist()
+            order = [index for group in chosen for index in groups[group]]
         first = self.epoch * self.batches
         for number, batch in enumerate(_filled(order, self.global_batch_size), first):
             batch += [index for beside in self.drawn for index in beside.of(number, self.seed)]
@@ -188,6 +200,13 @@ def by_kind(indices: Sequence[int], has_images: Sequence[bool]) -> list[list[int
     """The indices with images and those without, each kind that occurs."""
     kinds = [[i for i in indices if has_images[i] == kind] for kind in (True, False)]
     return [kind for kind in kinds if kind]
+
+
+def _grouped(order: Sequence[int], alike: Sequence[Hashable]) -> list[list[int]]:
+    groups: dict[Hashable, list[int]] = {}
+    for index in order:
+        groups.setdefault(alike[index], []).append(index)
+    return list(groups.values())
 
 
 def _filled(order: Sequence[int], size: int) -> Iterator[list[int]]:

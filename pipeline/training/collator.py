@@ -13,7 +13,8 @@ from mcit.data_prep.chat import open_image, render_chat, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.schema import Message, Sample
 
-from .batches import MicroBatch
+from .batches import MicroBatch, same_images
+from .packing import PACKING, pack
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -29,7 +30,8 @@ class Collator:
     The prompt is tokenized exactly as in evaluation: rendered with the generation prompt, its images through the
     processor. Each assistant turn of the completion follows, end-of-turn token included, and carries loss; everything
     else is labelled -100. Nothing is ever truncated. Samples from the index `own` on (default: none) are replayed by
-    methods, which see to their loss: in the batch they carry none.
+    methods, which see to their loss: in the batch they carry none. With `packed`, the decoder's hidden size, a batch
+    says how its rows are packed.
     """
 
     def __init__(
@@ -39,9 +41,10 @@ class Collator:
         max_length: int,
         padding_side: Literal["right", "left"] = "right",
         own: int | None = None,
+        packed: int | None = None,
     ):
         self.processor, self.samples, self.max_length = processor, samples, max_length
-        self.padding_side = padding_side
+        self.padding_side, self.packed = padding_side, packed
         self.own = len(samples) if own is None else own
         self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
         # A template may close no assistant turn (LLaVA-1.5's does not): then the end-of-sequence token does.
@@ -52,7 +55,10 @@ class Collator:
     def __call__(self, one: Sequence[MicroBatch]) -> dict[str, Any]:
         """The batch of the one micro-batch that a data loader of batch size 1 brings."""
         [micro_batch] = one
-        batch: dict[str, Any] = dict(self.collate([self.samples[index] for index in micro_batch.samples]))
+        samples = [self.samples[index] for index in micro_batch.samples]
+        batch: dict[str, Any] = dict(self.collate(samples))
+        if self.packed:
+            batch[PACKING] = pack(batch["input_ids"], batch["attention_mask"], same_images(samples), self.packed)
         if not micro_batch.loss:
             batch["labels"] = torch.full_like(batch["labels"], IGNORED)
         elif replayed := [index for index in micro_batch.samples if index >= self.own]:

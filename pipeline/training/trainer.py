@@ -15,8 +15,9 @@ from mcit.data_prep.errors import InputError
 from ..methods import Method, StepView
 from ..stage.resume import Resumable
 from .arguments import deepspeed, processes
-from .batches import deal
+from .batches import deal, same_images
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
+from .packing import PACKING, pack
 from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
 from .zero3 import gather, whole
 
@@ -54,6 +55,8 @@ class MethodLoss(Resumable):
         self.collator = Collator(entered.processor, [], entered.max_length)
         self.stateful.update({f"method.{method.name}": method for method in methods})
         self.add_callback(Begin(entered, self))
+        if entered.stage.train.packing:
+            self.add_callback(PackedAlike(self))
 
     def report(self) -> dict[str, Any]:
         """What a stage says of its training beside the log, for `trained.json`."""
@@ -219,6 +222,7 @@ class Begin(TrainerCallback):
             method.begin(self.entered, self.trainer)
 
 
+_ENDLESS = 10**9  # the hidden size of a decoder that nothing matters to but the number of tokens
 LOWER = "Lower the learning rate, or clip gradients (max_grad_norm)"
 
 
@@ -245,6 +249,32 @@ class ReallyDistributed(TrainerCallback):
         wrapped = type(self.trainer.model_wrapped).__name__
         if (processes() > 1 or deepspeed()) and wrapped != wanted:
             raise RuntimeError(f"the model runs as {wrapped}, not as {wanted}: check the accelerate configuration")
+
+
+class PackedAlike(TrainerCallback):
+    """Refuses to pack rows for a model to which they are then something else than by themselves."""
+
+    def __init__(self, trainer: MethodLoss):
+        self.trainer = trainer
+
+    @torch.no_grad()
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        trainer, samples = self.trainer, self.trainer.replays.samples
+        model, first = trainer.model, samples[0]
+        other = next(one for one in reversed(samples) if bool(one["images"]) == bool(first["images"]))
+        rows = [first, other, {**first, "completion": other["completion"]}]
+        batch = trainer.collator.collate(rows)
+        del batch["labels"]
+        packing = pack(batch["input_ids"], batch["attention_mask"], same_images(rows), width=_ENDLESS)
+        inputs = trainer._prepare_input(batch)
+        with evaluating(model), trainer.accelerator.autocast():
+            apart, packed = (
+                backbone(model)(**inputs, **more, use_cache=False).last_hidden_state[inputs["attention_mask"].bool()]
+                for more in ({}, {PACKING: packing})
+            )
+        if not torch.allclose(apart, packed, rtol=0.02, atol=0.02 * apart.abs().max().item()):
+            problem = f"does not work for {type(unwrapped(model)).__name__}: its rows know of each other"
+            raise InputError(problem, where="recipe", field="train.packing", remedy="Leave it out")
 
 
 class Untrained(TrainerCallback):
