@@ -24,8 +24,9 @@ from mcit.eval.engines import Policy, Request, generate, make_engine, read_polic
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import VllmEngine
 from mcit.eval.liveness import Liveness, engine_scores, prove, transformers_scores
+from mcit.eval.lora import load_adapter
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.policy.adapters import load_adapter, save_adapter
+from mcit.pipeline.policy.adapters import save_adapter
 from mcit.pipeline.recipe.schema import load_recipe
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.training.collator import Collator

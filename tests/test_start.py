@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
 from mcit.eval.hashing import hash_model
+from mcit.eval.lora import hash_adapter, load_adapter
 from mcit.eval.results import read_results
 from mcit.eval.serving import read_serving
-from mcit.pipeline.policy.adapters import hash_adapter, load_adapter
 from mcit.pipeline.policy.export import export
 from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.publishing.files import gather, write_trees

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, TrainerCallback
 
-    from ..policy.adapters import Adapter, Dense, Factors
+    from mcit.eval.lora import Adapter, Dense, Factors
+
     from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.collator import Collator

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Adapter, Dense, Factors
 
-from ..policy.adapters import Adapter, Dense, Factors
 from ..training.replay import Replay, Replayed, backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past

@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Adapter
 
-from ..policy.adapters import Adapter, scaled
+from ..policy.adapters import scaled
 from .base import Method
 
 

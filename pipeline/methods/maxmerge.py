@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..policy.adapters import Adapter, Dense, Factors
+from mcit.eval.lora import Adapter, Dense, Factors
+
 from .vectors import Vectors, VectorsConfig, adapters
 
 

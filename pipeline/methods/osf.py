@@ -18,9 +18,10 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Dense, fold
 
-from ..policy.adapters import Dense, pattern
-from ..policy.lineage import fold, target_names
+from ..policy.adapters import pattern
+from ..policy.lineage import target_names
 from .base import Method, Past
 
 if TYPE_CHECKING:

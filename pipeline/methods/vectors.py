@@ -13,8 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Adapter, Dense, Factors
 
-from ..policy.adapters import Adapter, Dense, Factors, concat, live_adapter
+from ..policy.adapters import concat, live_adapter
 from .base import Method, Past
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """How the policy is carried on from stage to stage: as LoRA on the untouched base, or as a whole model (`full`)."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.lora import Adapter, Factors, fold, linear_layer, load_adapter
 
-from .adapters import Adapter, Dense, Factors, concat, live_adapter, load_adapter, lora_layers, negate, pattern, rank
+from .adapters import concat, live_adapter, lora_layers, negate, pattern, rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -180,7 +181,7 @@ def stack(model: "PreTrainedModel", past: Adapter) -> None:
     """Put the frozen past beside the weights of `model`, which stay as they are."""
     for name, factors in concat([past]).items():
         parent, _, leaf = name.rpartition(".")
-        linear = _linear(model, name)
+        linear = linear_layer(model, name)
         if linear.weight.is_floating_point():
             setattr(model.get_submodule(parent), leaf, PastLinear(linear, factors.a, factors.b))
         else:
@@ -198,14 +199,6 @@ def _stack_beside(linear: nn.Linear, factors: Factors, dtype: torch.dtype) -> No
         return output + F.linear(F.linear(args[0].to(dtype), past_a), past_b).to(output.dtype)
 
     linear.register_forward_hook(add_past)
-
-
-@torch.no_grad()
-def fold(model: nn.Module, past: Mapping[str, Factors | Dense]) -> None:
-    """Add the past to the weights: in float32 from the untouched base, rounded to the model's dtype once."""
-    for name, factors in past.items():
-        weight = _linear(model, name).weight
-        weight.copy_((weight.float() + factors.delta().to(weight.device)).to(weight.dtype))
 
 
 @contextlib.contextmanager
@@ -253,16 +246,6 @@ def _fill(model: PeftModel, adapter: Adapter, name: str) -> None:
     for module, a, b, scaling in lora_layers(model, name):
         a.copy_(adapter[module].a)
         b.copy_(adapter[module].b * (adapter[module].scaling / scaling))
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        raise InputError("the entering adapter has a layer that the base model lacks", where=name)
-    return module
 
 
 def _some(names: Iterable[str]) -> str:

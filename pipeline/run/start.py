@@ -162,7 +162,7 @@ def state_hash(files: list[Path]) -> str | None:
 def _hash(folder: Path, kind: str) -> str:
     if kind == "merged":
         return hash_model(str(folder))
-    from ..policy.adapters import hash_adapter, load_adapter  # here: needs torch
+    from mcit.eval.lora import hash_adapter, load_adapter  # here: needs torch
 
     load_adapter(folder)  # refuses anything but plain factors of linear layers
     return hash_adapter(folder)

@@ -16,11 +16,11 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.prepare import image_path, read_samples, read_task
 from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import PreparedTask, Sample
+from mcit.eval.lora import fold, load_adapter
 from mcit.eval.serving import Serving, read_serving
 
 from ..methods import Method, build_methods
-from ..policy.adapters import load_adapter
-from ..policy.lineage import enter, fold, freeze, load_past, resume, target_names
+from ..policy.lineage import enter, freeze, load_past, resume, target_names
 from ..policy.quantization import keep_trainable, quantised_options
 from ..recipe.schedule import past_of, trained_in
 from ..recipe.schema import ModelConfig, Phase, Recipe, Stage
