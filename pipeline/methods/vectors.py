@@ -53,7 +53,9 @@ class Vectors(Method):
         return samples
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
-        return self.state | flat(live_adapter(model), self.stage.k) if self.config.merge else {}
+        if not self.config.merge:
+            return {}
+        return self.state | flat(live_adapter(model), len(adapters(self.state)) + 1)  # a run may go on from another's
 
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Mapping[str, Factors | Dense] | None:
         if not self.config.merge:
@@ -68,7 +70,7 @@ class Vectors(Method):
 
 
 def flat(adapter: Adapter, k: int) -> dict[str, Tensor]:
-    """An adapter as tensors with names, those of stage `k`; its scaling goes into B."""
+    """An adapter as tensors with names, those of the `k`-th one; its scaling goes into B."""
     named: dict[str, Tensor] = {}
     for name, (a, b, scaling) in adapter.items():
         named |= {f"{k:03d}.{name}.a": a, f"{k:03d}.{name}.b": b * scaling}

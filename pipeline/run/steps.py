@@ -33,7 +33,7 @@ from .child import run_child
 from .disk import check_run
 from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
-from .start import find_start, forget_start, place_start, start_inputs, state_hash
+from .start import check_start, find_start, forget_start, place_start, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
 
@@ -152,7 +152,12 @@ class Run:
                 stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
             )
             if start:
-                row0 = place_start(find_start(start), row0, folder)
+                from ..methods import build_methods  # here: needs torch
+
+                found, train = find_start(start), self.recipe.stages[0].train
+                carriers = (method.name for method in build_methods(self.recipe.method, train) if method.carries)
+                check_start(found, train.lineage, next(carriers, None))
+                row0 = place_start(found, row0, folder)
             else:
                 forget_start(folder)
             write_serving(folder, row0)

@@ -110,8 +110,9 @@ class MoExtend(Method):
         if changed := [name for name, checksum in _checksums(model).items() if self.frozen[name] != checksum]:
             raise RuntimeError(f"{len(changed)} frozen weights were changed by training, the first: {changed[0]}")
         state = dict(self.state)
+        number = max((int(key.partition(".")[0]) for key in state), default=0) + 1  # a run may go on from another's
         for layer, block in self.blocks.items():
-            prefix, added = f"{self.stage.k:03d}.{layer:03d}", trained(block)
+            prefix, added = f"{number:03d}.{layer:03d}", trained(block)
             if added is None:
                 state[f"{prefix}.sources"] = torch.tensor(self.sources[layer])
             else:
