@@ -18,6 +18,7 @@ from mcit.data_prep.identity import rank
 
 from ..training.trainer import trained_parameters
 from .base import Method, StepView
+from .outlook import FLOAT, Outlook, Passes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,6 +74,17 @@ class Importance(Method):
         if not (self.config.weight and view.last and self.pulls):
             return None
         return self.config.weight / 2 * distance(dict(view.model.named_parameters()), self.pulls)
+
+    def disk(self, outlook: Outlook) -> int:
+        return FLOAT * outlook.lora if self.config.weight else 0
+
+    def memory(self, outlook: Outlook) -> float:
+        """The importance, and the weights as the stage began."""
+        return 2 * FLOAT * outlook.lora if self.config.weight and outlook.resumes else 0
+
+    def passes(self, outlook: Outlook) -> Passes:
+        seen = min(self.config.samples, outlook.samples) * outlook.length
+        return Passes(gradients=seen if self.config.weight else 0)
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:

@@ -23,6 +23,7 @@ from ..training.trainer import evaluating, trained_parameters
 from .base import Method
 from .ewc import surprise
 from .importance import measured
+from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
@@ -93,6 +94,21 @@ class Refresh(Method):
         return measured(
             self.trainer, samples, self.config.samples, lambda h, labels: surprise(h, labels, self.head), torch.square
         )
+
+    def disk(self, outlook: Outlook) -> int:
+        resumes = outlook.stage.train.lineage == "continue"
+        return FLOAT * outlook.lora if self.config.step and resumes else 0
+
+    def memory(self, outlook: Outlook) -> float:
+        """The gradients of a batch, summed over micro-batches; those of training are not there yet."""
+        return FLOAT * outlook.lora if self.config.step else 0
+
+    def passes(self, outlook: Outlook) -> Passes:
+        if not self.config.step:
+            return Passes()
+        measured = outlook.stage.train.lineage == "continue"
+        seen = measured * min(self.config.samples, outlook.samples) * outlook.length
+        return Passes(gradients=outlook.tokens / self.config.every + seen)
 
     def _gradients(self, trained: dict[str, Any]) -> dict[str, Tensor]:
         """Of the samples' cross-entropy, a mean over the coming global batch."""

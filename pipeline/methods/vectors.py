@@ -13,10 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.engines.vllm import MAX_RANK
 from mcit.eval.lora import Adapter, Dense, Factors
 
 from ..policy.adapters import concat, live_adapter
 from .base import Method, Past
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -56,6 +58,21 @@ class Vectors(Method):
         if not self.config.merge:
             return {}
         return self.state | flat(live_adapter(model), len(adapters(self.state)) + 1)  # a run may go on from another's
+
+    def disk(self, outlook: Outlook) -> int:
+        """The adapters of all stages, and their merge: a LoRA where one holds it, else a model."""
+        if not self.config.merge:
+            return 0
+        summed = outlook.stage.train.lineage in ("stack", "fold")
+        ranks = outlook.rank if summed else outlook.stages * outlook.stage.train.lora.r
+        return FLOAT * ranks * outlook.width + self.merged_bytes(outlook)
+
+    def merged_bytes(self, outlook: Outlook) -> int:
+        """What is evaluated."""
+        full = max(min(shape) for shape in outlook.shapes.values())
+        if full > MAX_RANK:
+            return outlook.base_bytes
+        return FLOAT * full * outlook.width
 
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Mapping[str, Factors | Dense] | None:
         if not self.config.merge:

@@ -134,12 +134,16 @@ def train_whole(model: "PreTrainedModel", modules: "ModulesConfig") -> "PreTrain
         remedy = "Train a LoRA, or experts of a task's own (method: {moextend: {}})"
         raise InputError("does not train mixtures of experts", where="recipe", field="train.lineage", remedy=remedy)
     model.float().requires_grad_(False)
-    names = [name for name, _ in model.named_parameters()]
-    parts = by_part(model, names)
-    frozen = {name for part in ("projector", "vision") if getattr(modules, part) == "frozen" for name in parts[part]}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+    for _, parameter in whole_parameters(model, modules):
+        parameter.requires_grad_(True)
     return model
+
+
+def whole_parameters(model: "PreTrainedModel", modules: "ModulesConfig") -> list[tuple[str, nn.Parameter]]:
+    """The parameters that lineage `full` trains, by name."""
+    parts = by_part(model, [name for name, _ in model.named_parameters()])
+    frozen = {name for part in ("projector", "vision") if getattr(modules, part) == "frozen" for name in parts[part]}
+    return [(name, parameter) for name, parameter in model.named_parameters() if name not in frozen]
 
 
 def save_whole(model: "PreTrainedModel", processor: Any, dtype: str, loaded: tuple[Any, Any], folder: Path) -> None:

@@ -30,10 +30,10 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 from ..recipe.schema import Phase, Recipe, Stage, write_recipe
 from ..stage.workplace import work_folder
 from .child import run_child
-from .disk import check_run
+from .disk import check_run, handed_rank
 from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
-from .start import check_start, find_start, forget_start, place_start, start_inputs, state_hash
+from .start import check_start, find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
 
@@ -207,7 +207,8 @@ class Run:
                 row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
             )
             done = [stage.k for stage in recipe.stages if (self.stage_dir(stage.k) / "serving.json").exists()]
-            check_run(self.dir, recipe, config, done)
+            entered = self.stage_dir(0)
+            check_run(self.dir, recipe, config, done, handed_rank(entered), stages_behind(entered))
             context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
             longest, notes = {}, []
             for task, step in pairs:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcit.eval.engines.merging import write_merged
+from mcit.eval.engines.vllm import MAX_RANK
 from mcit.eval.hashing import hash_model
 from mcit.eval.lora import Adapter, Factors, hash_adapter
 
@@ -20,8 +21,6 @@ from ..policy.lineage import leave, save_whole
 
 if TYPE_CHECKING:
     from .entering import Entered
-
-MAX_RANK = 512  # the largest that vLLM serves
 
 States = Mapping[str, dict[str, torch.Tensor]]  # by method
 Save = Callable[[States, Path], dict[str, Any]]  # writes into a folder; returns what its `serving.json` says of it
