@@ -10,7 +10,7 @@ import random
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,12 @@ import mcit.pipeline.stage.entering as entering
 import mcit.pipeline.stage.stage as stage_script
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.serving import read_serving
-from mcit.pipeline.methods import METHODS, Method
+from mcit.pipeline.methods import METHODS, Method, build_methods
+from mcit.pipeline.methods.outlook import look_ahead
+from mcit.pipeline.planning.memory import meta_model
 from mcit.pipeline.policy.lineage import target_names
 from mcit.pipeline.recipe.schema import ModulesConfig, load_recipe
+from mcit.pipeline.run.disk import handed_rank, stage_needs, trained_parameters
 from mcit.pipeline.run.preemption import Preempted
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
@@ -58,6 +61,8 @@ EXPERTS = {f"model.language_model.layers.1.mlp.{part}" for part in ("gate.rows",
 # The share of the adapters that trains: of five blocks two; of 20 matrices of attention half, of 15 of the MLPs seven.
 PART = {"freeze": 2 / 5, "hft": 17 / 35}
 EXPERTS |= {"model.language_model.layers.1.mlp.experts.new.down_proj"}
+# Those whose memory is tensors that they have all the time, and on the device.
+HELD = ("ewc", "ilora", "l2", "lwf", "mas", "olora", "reglora")
 
 RECIPE = """
 train:
@@ -85,6 +90,7 @@ class Trained:
     trainable: set[str]
     randomness: bytes  # the states of all generators at the end
     states: dict[str, dict[str, torch.Tensor]]  # of the methods, before they were saved
+    held: dict[str, int]  # bytes of the tensors that methods had as training ended
 
 
 Train = Callable[..., list[Trained]]
@@ -147,13 +153,15 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
 
             def on_train_end(self, *args: Any, model: Any, **_: Any) -> None:
                 kept.update(
-                    after=snapshot(model), trainable={n for n, p in model.named_parameters() if p.requires_grad}
+                    after=snapshot(model),
+                    trainable={n for n, p in model.named_parameters() if p.requires_grad},
+                    held={method.name: held(method) for method in kept["methods"]},
                 )
 
         def make(entered: Any) -> Any:
             trainer = make_trainer(entered)
             trainer.add_callback(Look)
-            kept.update(before=snapshot(entered.model))
+            kept.update(before=snapshot(entered.model), methods=entered.methods)
             return trainer
 
         def keep(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
@@ -170,6 +178,7 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             kept["trainable"],
             pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state())),
             kept["states"],
+            kept["held"],
         )
 
     @cache
@@ -235,6 +244,19 @@ def snapshot(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
+def held(value: Any, known: dict[int, int] | None = None) -> int:
+    """Bytes of the tensors of a method, in its attributes and what they list."""
+    known = {} if known is None else known
+    if isinstance(value, torch.Tensor):
+        known[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    inner = (
+        vars(value).values() if isinstance(value, Method) else value.values() if isinstance(value, Mapping) else value
+    )
+    for one in inner if isinstance(value, (Method, Mapping, list, tuple)) else ():
+        held(one, known)
+    return sum(known.values())
+
+
 def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:
     return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
@@ -278,6 +300,26 @@ def test_what_is_meant_to_be_trained_moves_and_nothing_else(
         assert stage.before.keys() == stage.after.keys()
         changed = {name for name, tensor in stage.before.items() if not torch.equal(tensor, stage.after[name])}
         assert changed == stage.trainable
+
+
+@every_way
+def test_a_stage_is_as_large_as_was_said(
+    train: Train, prepared: tuple[Path, Path], name: str, lineage: str, paradigm: str
+) -> None:
+    """What is left on disk, without the headers of its files; what trains; and what a method holds, if it does."""
+    stage = train(section(name), lineage, paradigm)[1]
+    method = {name: SETTINGS.get(name, {})}
+    recipe = load_recipe(prepared[1], keys(json.dumps(method), lineage, paradigm))
+    model, entering = meta_model(recipe.base_model), handed_rank(stage.folder.parent / STAGES[0])
+    known = replace(look_ahead(recipe.stages[1], model, entering, behind=1), samples=20, answer=4.5)
+    methods = build_methods(recipe.method, recipe.stages[1].train)
+    weights = [file for file in stage.folder.glob("*/*.safetensors") if file.is_file()]
+    left = sum(tensor.nbytes for file in weights for tensor in load_file(file).values())
+    assert stage_needs(known, methods).kept == pytest.approx(left, rel=0.02)
+    trained = sum(stage.before[one].numel() for one in stage.trainable)
+    assert trained_parameters(known, methods) == pytest.approx(trained, rel=0.1 if name == "hft" else 0)
+    if name in HELD:
+        assert methods[0].memory(known) == stage.held[name] > 0
 
 
 @every_way
