@@ -93,18 +93,20 @@ def _only_train(methods: Section) -> bool:
 
 def measured_answers(runs: Iterable[Path], base_hash: str) -> Pace | None:
     """The pace of evaluation in earlier runs."""
-    cells, evaluations = [], 0
+    cells, whole, evaluations = [], 0.0, 0
     for run in runs:
-        if not _is_of(run, base_hash):
-            continue
-        found = [read_json(path) for path in sorted((run / "predictions").glob("[0-9]*/*.done.json"))]
-        cells += [(cell["seconds"], cell["n"]) for cell in found if cell["n"]]
-        evaluations += bool(found)
+        found = sorted((run / "predictions").glob("[0-9]*/*.done.json")) if _is_of(run, base_hash) else []
+        markers = [marker for marker in map(read_json, found) if marker["n"]]
+        if markers:
+            cells += [(marker["seconds"], marker["n"]) for marker in markers]
+            step = run / "steps" / "evaluate.json"  # with what comes before the first answer
+            inside = sum(marker["seconds"] for marker in markers)
+            whole += max(inside, read_json(step)["seconds"] if step.exists() else 0.0)
+            evaluations += 1
     if not cells:
         return None
     each = statistics.median(seconds / n for seconds, n in cells)
-    start = max(0.0, sum(seconds for seconds, _ in cells) - each * sum(n for _, n in cells)) / evaluations
-    return Pace(start, each, len(cells))
+    return Pace(max(0.0, whole - each * sum(n for _, n in cells)) / evaluations, each, len(cells))
 
 
 def assumed_training(parameters: int, tflops: float, checkpointing: bool) -> Pace:
