@@ -36,6 +36,8 @@ from mcit.pipeline.policy.lineage import target_names
 from mcit.pipeline.recipe.schema import ModulesConfig, load_recipe
 from mcit.pipeline.run.disk import handed_rank, stage_needs, trained_parameters
 from mcit.pipeline.run.preemption import Preempted
+from mcit.pipeline.training.collator import Collator
+from mcit.pipeline.training.replay import backbone
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -91,6 +93,8 @@ class Trained:
     randomness: bytes  # the states of all generators at the end
     states: dict[str, dict[str, torch.Tensor]]  # of the methods, before they were saved
     held: dict[str, int]  # bytes of the tensors that methods had as training ended
+    length: float  # tokens of a sample, on average
+    passed: dict[bool, int]  # tokens that went through the model, with gradients and without
 
 
 Train = Callable[..., list[Trained]]
@@ -161,7 +165,14 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
         def make(entered: Any) -> Any:
             trainer = make_trainer(entered)
             trainer.add_callback(Look)
-            kept.update(before=snapshot(entered.model), methods=entered.methods)
+            kept.update(before=snapshot(entered.model), methods=entered.methods, passed={True: 0, False: 0})
+            tokens = Collator(entered.processor, [], 1000).collate(entered.samples)["attention_mask"].sum()
+            kept.update(length=int(tokens) / len(entered.samples))
+
+            def count(_: Any, __: Any, inputs: Mapping[str, Any]) -> None:
+                kept["passed"][torch.is_grad_enabled()] += int(inputs["attention_mask"].sum())
+
+            backbone(entered.model).register_forward_pre_hook(count, with_kwargs=True)
             return trainer
 
         def keep(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
@@ -179,6 +190,8 @@ def train(prepared: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory)
             pickle.dumps((torch.get_rng_state().numpy(), random.getstate(), np.random.get_state())),
             kept["states"],
             kept["held"],
+            kept["length"],
+            kept["passed"],
         )
 
     @cache
@@ -308,8 +321,7 @@ def test_a_stage_is_as_large_as_was_said(
 ) -> None:
     """What is left on disk, without the headers of its files; what trains; and what a method holds, if it does."""
     stage = train(section(name), lineage, paradigm)[1]
-    method = {name: SETTINGS.get(name, {})}
-    recipe = load_recipe(prepared[1], keys(json.dumps(method), lineage, paradigm))
+    recipe = load_recipe(prepared[1], keys(json.dumps(section(name)), lineage, paradigm))
     model, entering = meta_model(recipe.base_model), handed_rank(stage.folder.parent / STAGES[0])
     known = replace(look_ahead(recipe.stages[1], model, entering, behind=1), samples=20, answer=4.5)
     methods = build_methods(recipe.method, recipe.stages[1].train)
@@ -320,6 +332,34 @@ def test_a_stage_is_as_large_as_was_said(
     assert trained_parameters(known, methods) == pytest.approx(trained, rel=0.1 if name == "hft" else 0)
     if name in HELD:
         assert methods[0].memory(known) == stage.held[name] > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lineage"),
+    take_one(
+        [
+            (name, lineage)
+            for name, method in METHODS.items()
+            for lineage in method.lineages
+            if "sft" in method.paradigms and name != "moextend"  # which looks before there is a trainer
+        ],
+        ("reglora", "stack"),
+    ),
+)
+def test_the_model_does_as_much_beside_training_as_was_said(
+    train: Train, prepared: tuple[Path, Path], name: str, lineage: str
+) -> None:
+    """In tokens, within a third: kept samples are not as long as those of the stage."""
+    stage = train(section(name), lineage, "sft")[1]
+    recipe = load_recipe(prepared[1], keys(json.dumps(section(name)), lineage, "sft"))
+    outlook = look_ahead(recipe.stages[1], meta_model(recipe.base_model), 4, behind=1)
+    tokens = read_jsonl(stage.folder / "train_log.jsonl")[-1]["num_tokens"]
+    steps = read_json(stage.folder / "trained.json")["steps"]
+    known = replace(outlook, samples=20, steps=steps, tokens=tokens, length=stage.length)
+    [method] = build_methods(recipe.method, recipe.stages[1].train)
+    said = method.passes(known)
+    assert stage.passed[False] == pytest.approx(said.forward, rel=1 / 3)
+    assert stage.passed[True] - tokens == pytest.approx(said.gradients, rel=1 / 3)
 
 
 @every_way

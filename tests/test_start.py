@@ -189,7 +189,7 @@ def test_what_no_plain_lora_is_is_published_and_gone_on_from(run, tmp_path, kind
         assert "modules of mcit's own on the base" in card and "extend(model, " in card and "library_name" not in card
         assert not (tree / "adapter_model.safetensors").exists()
     base = read_serving(run / "stages" / "00-base")
-    for number, place in enumerate((copy / "stages" / "02-second", copy, tree)):
+    for number, place in enumerate((copy / "stages" / "02-second", tree)):
         start, folder = find_start(str(place)), tmp_path / f"base{number}"
         placed = place_start(start, base, folder)
         assert (placed.kind, placed.path, placed.hash) == (wanted.kind, wanted.path, wanted.hash)

@@ -41,6 +41,7 @@ from ..recipe.schema import ModelConfig, ModulesConfig, Recipe
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+LIBRARIES = 1.2e9  # bytes of main memory: a stage of the embedded model takes as much, which has 2 million parameters
 _BUCKET, _WHOLE = 500_000_000, 1_000_000_000  # DeepSpeed: reduce_bucket_size, stage3_max_live_parameters
 
 
@@ -129,6 +130,16 @@ def training_memory(training: Training) -> Memory:
     gradients = 0.0 if sharded else 4.0 * n - (0.0 if one.accumulates else min(kept, 4.0 * n))
     past, cache = one.past_rank * one.width * b, one.at_once * one.tokens * shapes.cache * b
     return Memory(weights, trained, gradients, past, exchange, one.methods, max(activations, cache))
+
+
+def host_memory(training: Training, memory: Memory, on_gpu: bool) -> float:
+    """Bytes of main memory that the process has at its peak.
+
+    Libraries, and the base, which is loaded there before it goes to a GPU; without one all of training is there. While
+    weights are loaded in another dtype than they are stored in, what is stored comes on top.
+    """
+    weights = weight_bytes(training.shapes, training.dtype)
+    return LIBRARIES + (weights if on_gpu else memory.total)
 
 
 def engine_memory(recipe: Recipe, shapes: Shapes, width: int, ranks: Sequence[int], longest: int) -> EngineMemory:

@@ -16,7 +16,17 @@ from ..run.disk import run_needs, trained_parameters
 from ..run.start import find_start
 from ..run.step import Launch
 from .fit import misfits
-from .memory import Memory, Shapes, Training, engine_memory, measure, meta_model, training_memory, weight_bytes
+from .memory import (
+    Memory,
+    Shapes,
+    Training,
+    engine_memory,
+    host_memory,
+    measure,
+    meta_model,
+    training_memory,
+    weight_bytes,
+)
 from .pace import Pace, assumed_training, extra_tokens, measured_answers, measured_training
 from .work import Prepared, StageWork, answers, judged, prepare, stage_work
 
@@ -33,6 +43,7 @@ class StagePlan(TypedDict):
     generations: int
     memory: dict[str, int]
     memory_total: int
+    host_memory: int
     seconds: float | None  # None: nothing was measured, and nothing assumed
 
 
@@ -81,11 +92,13 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
         for phase in outlook.stage.train.phases:
             methods = build_methods(recipe.method, outlook.stage.train)
             work, counted = stage_work(recipe, outlook, phase, methods, prepared, machine.launch.processes)
-            memory = training_memory(_training(recipe, shapes, counted, phase, work, methods, machine.launch))
+            training = _training(recipe, shapes, counted, phase, work, methods, machine.launch)
+            memory = training_memory(training)
+            host = host_memory(training, memory, on_gpu=machine.gpu_memory is not None)
             pace = measured_training(measured, base_hash, outlook.stage.train.paradigm, recipe.method)
             if pace is None and machine.tflops is not None and phase == "sft":
                 pace = assumed_training(shapes.parameters, machine.tflops, _checkpointing(counted, phase))
-            rows.append(_row(counted, phase, work, memory, pace, methods))
+            rows.append(_row(counted, phase, work, memory, host, pace, methods))
             notes.append(f"stage {outlook.stage.k}: {_basis(pace, 'tokens' if phase == 'sft' else 'completions')}")
         known.append(counted)
     asked, pace = answers(recipe, prepared), measured_answers(measured, base_hash)
@@ -155,7 +168,13 @@ def _training(
 
 
 def _row(
-    outlook: Outlook, phase: Phase, work: StageWork, memory: Memory, pace: Pace | None, methods: Sequence[Method]
+    outlook: Outlook,
+    phase: Phase,
+    work: StageWork,
+    memory: Memory,
+    host: float,
+    pace: Pace | None,
+    methods: Sequence[Method],
 ) -> StagePlan:
     units: float = work.tokens if phase == "sft" else work.seen
     if pace and pace.passes:
@@ -171,6 +190,7 @@ def _row(
         generations=work.generations,
         memory={part: round(value) for part, value in memory._asdict().items()},
         memory_total=round(memory.total),
+        host_memory=round(host),
         seconds=round(pace.seconds(units, outlook.processes), 1) if pace else None,
     )
 

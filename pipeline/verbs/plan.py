@@ -66,11 +66,12 @@ def _show(found: "Plan", terminal: "Terminal") -> None:
             row["tokens"],
             row["generations"] or None,
             f"{row['memory_total'] / _GIB:.2f}",
+            f"{row['host_memory'] / _GIB:.1f}",
             _time(row["seconds"]),
         )
         for row in found["stages"]
     ]
-    columns = ("stage", "samples", "steps", "tokens", "generations", "GiB a process", "time")
+    columns = ("stage", "samples", "steps", "tokens", "generations", "GiB a process", "main memory", "time")
     terminal.table(f"{found['name']}: training", columns, rows)
     terminal.say(
         f"evaluation: {found['answers']} answers, up to {found['answers_again']} more in other ways, of "
