@@ -353,7 +353,8 @@ def test_the_model_does_as_much_beside_training_as_was_said(
     stage = train(section(name), lineage, "sft")[1]
     recipe = load_recipe(prepared[1], keys(json.dumps(section(name)), lineage, "sft"))
     outlook = look_ahead(recipe.stages[1], meta_model(recipe.base_model), 4, behind=1)
-    tokens = read_jsonl(stage.folder / "train_log.jsonl")[-1]["num_tokens"]
+    log = read_jsonl(stage.folder / "train_log.jsonl")
+    tokens = next(row["num_tokens"] for row in reversed(log) if "num_tokens" in row)
     steps = read_json(stage.folder / "trained.json")["steps"]
     known = replace(outlook, samples=20, steps=steps, tokens=tokens, length=stage.length)
     [method] = build_methods(recipe.method, recipe.stages[1].train)

@@ -58,6 +58,37 @@ def test_generations_of_grpo_are_counted(run):
     assert [(row["steps"], row["generations"]) for row in twice["stages"]] == [(12, 24), (12, 24)]
 
 
+def test_what_methods_take_is_counted(run):
+    """DER replays the first stage in the second, from states that a plan does not have."""
+    plain, der = (planned(run, f"method={method}") for method in ("{}", "{der: {buffer: 4, per_batch: 2, top: 3}}"))
+    first, second = (
+        (mine["tokens"], others["tokens"]) for mine, others in zip(der["stages"], plain["stages"], strict=True)
+    )
+    assert first[0] == first[1]
+    assert second[0] - second[1] == pytest.approx(second[1], rel=0.2)  # batches of two, and two beside them
+    kept = der["disk"]["stages"] - plain["disk"]["stages"]
+    answer = 2  # tokens: a colour and the end of the turn
+    assert kept == pytest.approx(2 * 4 * answer * 3 * 6, rel=0.5)
+    lwf, ewc = (planned(run, f"method={{{name}: {{}}}}", "train.lineage=continue") for name in ("lwf", "ewc"))
+    trained = plain["stages"][0]["memory"]["trained"] / 12
+    assert [row["memory"]["methods"] for row in ewc["stages"]] == [0, 8 * trained]
+    assert all(row["memory"]["methods"] > 4 * trained for row in lwf["stages"])
+
+
+def test_answers_are_counted_in_all_ways_and_judged_where_there_is_reasoning(run):
+    plain = planned(run)
+    held = sum(len(read_jsonl(path)) for path in (run / "predictions").glob("*/*[a-z].jsonl"))
+    assert plain["answers_again"] <= held and plain["judged"] == 0
+    assert planned(run, "eval.constrained=false")["answers_again"] == 0
+    probed = planned(run, "eval.constrained=false", "eval.image_probe=1")
+    assert probed["answers_again"] == 2 * len(list((run / "predictions").glob("*/*.done.json")))
+    judge = "eval.judge={endpoint: http://localhost:1/v1, model: m, samples: 1, request: {max_completion_tokens: 7}}"
+    think = [f"stream.{task}.reasoning=think" for task in ("first", "second")]
+    asked = planned(run, judge, *think)
+    cells = len(list((run / "predictions").glob("*/*.done.json")))
+    assert (asked["judged"], asked["judged_tokens"]) == (cells, 7 * cells)
+
+
 def test_what_does_not_fit_is_said(run):
     assert planned(run, gpu_memory=24.0)["misfits"] == []
     small = planned(run, gpu_memory=0.008)["misfits"]

@@ -162,15 +162,19 @@ def _answer_tokens(collator: Collator, samples: Sequence[Sample]) -> Iterator[in
 
 def answers(recipe: Recipe, prepared: Prepared) -> Answers:
     """Count what evaluation asks at the end."""
-    asked = again = 0
-    for _, name in _cells(recipe):
-        task, samples = read_task(prepared.folders[name]), read_samples(prepared.folders[name], "test")
-        asked += len(samples)
-        if recipe.eval.constrained:
-            again += sum(constraint_of(sample, task.get("choices")) is not None for sample in samples)
-        pictured = sum(bool(sample["images"]) for sample in samples)
-        again += 2 * min(recipe.eval.image_probe or 0, pictured)  # other images, and grey ones
+    general = tuple(task.name for task in recipe.eval.general)
+    cells = [name for _, name in needed_cells(recipe.eval.cells, len(recipe.stages), recipe.learned, general)]
+    counts = {name: _asked(recipe, prepared.folders[name]) for name in dict.fromkeys(cells)}
+    asked, again = (sum(counts[name][i] for name in cells) for i in (0, 1))
     return Answers(asked, again, (asked + again) * recipe.eval.max_new_tokens)
+
+
+def _asked(recipe: Recipe, folder: Path) -> tuple[int, int]:
+    """Of one cell: the questions, and how many are asked in other ways too."""
+    choices, samples = read_task(folder).get("choices"), read_samples(folder, "test")
+    held = [sample for sample in samples if recipe.eval.constrained and constraint_of(sample, choices)]
+    pictured = sum(bool(sample["images"]) for sample in samples)
+    return len(samples), len(held) + 2 * min(recipe.eval.image_probe or 0, pictured)  # other images, and grey ones
 
 
 def judged(recipe: Recipe, prepared: Prepared) -> Judged | None:
@@ -178,17 +182,12 @@ def judged(recipe: Recipe, prepared: Prepared) -> Judged | None:
     judge, questions = recipe.eval.judge, 0
     if not isinstance(judge, JudgeConfig):
         return None
-    for _, name in _cells(recipe):
+    for _, name in needed_cells(recipe.eval.cells, len(recipe.stages), recipe.learned):
         if reasons(read_task(prepared.folders[name])):
             there = sum(sample["reasoning"] == "think" for sample in iter_samples(prepared.folders[name], "test"))
             questions += min(there, judge.samples or there)
     limit = judge.request.get("max_completion_tokens") or judge.request.get("max_tokens")
     return Judged(questions, questions * int(limit) if limit else None)
-
-
-def _cells(recipe: Recipe) -> list[tuple[int, str]]:
-    general = tuple(task.name for task in recipe.eval.general)
-    return list(needed_cells(recipe.eval.cells, len(recipe.stages), recipe.learned, general))
 
 
 def _sft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int, seed: int) -> StageWork:
