@@ -35,6 +35,11 @@ class Serving(Config):
     base_hash: str
     hash: str
 
+    @property
+    def handed(self) -> str | None:
+        """The adapter that the next stage goes on from; None where it is the base, or no LoRA."""
+        return self.carried or (self.path if self.kind == "adapter" else None)
+
 
 def write_serving(stage_dir: Path, serving: Serving) -> None:
     """Write `serving.json` into a stage's folder, atomically."""

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import transformers as hf
-from peft import PeftModel
 from random_model import PRETRAINED, RANDOM
 from safetensors.torch import load_file, save_file
 
@@ -261,19 +260,3 @@ DENSE: dict[str, Callable[[Path], None]] = {
     "gemma3": save_gemma3,
 }
 FAMILIES = DENSE | {"qwen3_vl_moe": save_qwen3_vl_moe}
-
-
-def save_merged(folder: Path, model: PeftModel, base: Path) -> None:
-    """Merge the adapters of `model` into its weights and write them as the files in the folder `base` are written.
-
-    transformers keeps the tensor names that a model was loaded under, but writes a mixture's experts transposed, which
-    vLLM refuses. So what LoRA cannot have changed, all that is no matrix, is copied from the base.
-    """
-    model.merge_and_unload().save_pretrained(folder)
-    originals = {name: tensor for file in base.glob("*.safetensors") for name, tensor in load_file(file).items()}
-    for file in folder.glob("*.safetensors"):
-        tensors = {
-            name: tensor if tensor.ndim == 2 else originals[name].to(tensor.dtype)
-            for name, tensor in load_file(file).items()
-        }
-        save_file(tensors, file, metadata={"format": "pt"})

@@ -9,17 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from training import TINY, random_adapter, tiny_model
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.policy.adapters import (
-    Factors,
-    concat,
-    hash_adapter,
-    live_adapter,
-    load_adapter,
-    negate,
-    pattern,
-    rank,
-    save_adapter,
-)
+from mcit.eval.lora import Factors, hash_adapter, load_adapter
+from mcit.pipeline.policy.adapters import concat, live_adapter, negate, pattern, rank, save_adapter
 
 Q, DOWN = "model.language_model.layers.0.self_attn.q_proj", "model.language_model.layers.3.mlp.down_proj"
 

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import build_methods
-from mcit.pipeline.policy.lineage import target_names
+from mcit.pipeline.methods.outlook import look_ahead, look_through
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.schema import Recipe
-from mcit.pipeline.run.disk import Needs, check_run, lora_shapes, run_needs, size, stage_needs
+from mcit.pipeline.run.disk import Needs, check_run, run_needs, size, stage_needs
 from mcit.pipeline.stage.stage import run_stage
 
 RECIPE = """
@@ -48,10 +48,9 @@ def test_a_stage_takes_what_was_said(run: tuple[Path, Recipe], monkeypatch: pyte
 
     monkeypatch.setattr(sft, "StageSFTTrainer", Watched)
     methods = build_methods(recipe.method, recipe.stages[0].train)
-    shapes = lora_shapes(tiny_model(), target_names(tiny_model(), recipe.train.modules))
     for stage, before in zip(recipe.stages, (0, 64), strict=True):
         run_stage(recipe, stage.k, folder, "sft", sft.make_trainer)
-        said = stage_needs(stage, tiny_model(), shapes, before, methods)
+        said = stage_needs(look_ahead(stage, tiny_model(), before, stage.k - 1), methods)
         assert said.kept == pytest.approx(taken(folder / "stages" / stage.folder, "adapter", "delta", "method"), 0.1)
         assert largest[0] < said.work < 2.5 * largest[0]
 
@@ -59,15 +58,15 @@ def test_a_stage_takes_what_was_said(run: tuple[Path, Recipe], monkeypatch: pyte
 def test_a_run_is_its_stages(run: tuple[Path, Recipe]) -> None:
     recipe = run[1]
     methods = build_methods(recipe.method, recipe.stages[0].train)
-    shapes = lora_shapes(tiny_model(), target_names(tiny_model(), recipe.train.modules))
-    one, two = (
-        stage_needs(stage, tiny_model(), shapes, before, methods)
-        for stage, before in zip(recipe.stages, (0, 64), strict=True)
-    )
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(TINY), dtype=torch.float32)
-    assert run_needs(recipe, model) == Needs(one.kept + two.kept, max(one.work, two.work))
-    assert run_needs(recipe, model, done=[1]) == two
+    both = list(look_through(recipe, model, 0, 0))
+    one, two = (
+        stage_needs(look_ahead(stage, tiny_model(), before, stage.k - 1), methods)
+        for stage, before in zip(recipe.stages, (0, 64), strict=True)
+    )
+    assert run_needs(recipe, both) == Needs(one.kept + two.kept, max(one.work, two.work))
+    assert run_needs(recipe, both[1:]) == two
 
 
 def test_what_does_not_fit_is_refused_in_one_line(

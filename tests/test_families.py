@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import DENSE, FAMILIES, save_merged
+from families import DENSE, FAMILIES
 from peft import PeftModel
 from safetensors.torch import load_file
 from training import COLOURS, make_run, make_samples, random_adapter
@@ -21,11 +21,12 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_jsonl
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Policy, Request, generate, make_engine, read_policy
+from mcit.eval.engines.merging import write_merged
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import VllmEngine
 from mcit.eval.liveness import Liveness, engine_scores, prove, transformers_scores
+from mcit.eval.lora import load_adapter
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.policy.adapters import load_adapter, save_adapter
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.training.collator import Collator
@@ -154,14 +155,13 @@ def merged_policies(family: str, folder: Path) -> list[Policy]:
     FAMILIES[family](base)
     model = AutoModelForImageTextToText.from_pretrained(base)
     names = [name for name, _ in model.named_modules() if name.endswith(("q_proj", "o_proj")) and "vision" not in name]
-    save_adapter(folder / "adapter", random_adapter(model, names, 2, seed=0), str(base))
-    save_merged(stages / "01-merged" / "merged", PeftModel.from_pretrained(model, folder / "adapter"), base)
-    AutoProcessor.from_pretrained(base).save_pretrained(stages / "01-merged" / "merged")
     common = {"base": str(base), "dtype": "float32", "base_hash": "b"}
-    (stages / "00-base").mkdir()
-    write_serving(stages / "00-base", Serving(stage=0, name="base", kind="base", hash="b", **common))
+    row0 = Serving(stage=0, name="base", kind="base", hash="b", **common)
+    write_merged(row0, random_adapter(model, names, 2, seed=0), stages / "01-merged" / "merged")
     merged = Serving(stage=1, name="merged", kind="merged", path="merged", hash="m", **common)
-    write_serving(stages / "01-merged", merged)
+    for name, serving in (("00-base", row0), ("01-merged", merged)):
+        (stages / name).mkdir(exist_ok=True)
+        write_serving(stages / name, serving)
     return [read_policy(stages / name) for name in ("00-base", "01-merged")]
 
 

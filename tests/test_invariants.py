@@ -7,8 +7,8 @@
   matters most. What else a lineage does is the same for all methods (`test_lineage.py`):
   - *neutral*: every method, in each paradigm;
   - *state*: methods that leave one, in supervised tuning: reading it knows of no paradigm;
-  - *stopped*, *how* and *packing*: methods that act while a stage trains (`acts`), in each paradigm. The others train as an empty
-    `method:` does, which `test_resume.py` and `test_batches.py` look at;
+  - *stopped*, *how* and *packing*: methods that act while a stage trains (`acts`), in each paradigm. The others train
+    as an empty `method:` does, which `test_resume.py` and `test_batches.py` look at;
   - *served*: methods that have something else evaluated, in every lineage.
 
 Processes that train together are in `test_invariants_together.py`.

@@ -14,16 +14,9 @@ from training import random_adapter, tiny_model
 from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
-from mcit.pipeline.policy.adapters import concat, load_adapter, lora_layers, rank, save_adapter
-from mcit.pipeline.policy.lineage import (
-    PastLinear,
-    enter,
-    fold,
-    freeze,
-    leave,
-    stack,
-    target_names,
-)
+from mcit.eval.lora import fold, load_adapter
+from mcit.pipeline.policy.adapters import concat, lora_layers, rank, save_adapter
+from mcit.pipeline.policy.lineage import PastLinear, enter, freeze, leave, stack, target_names
 from mcit.pipeline.recipe.schema import ModulesConfig, TrainConfig
 from mcit.pipeline.reinforcement.references import References
 from mcit.pipeline.training.arguments import check_modules, check_reference
@@ -276,7 +269,5 @@ def test_continue_keeps_the_policy_when_alpha_changes(tmp_path) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"model.layers.0.q: the entering adapter has a layer that the base model lacks"
-    ):
+    with pytest.raises(InputError, match=r"model.layers.0.q: does not fit the base model: it has no such linear layer"):
         stack(tiny_model(), {"model.layers.0.q": random_adapter(tiny_model(), [Q], 2, seed=0)[Q]})

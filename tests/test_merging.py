@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from training import make_samples
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.lora import Dense, Factors
 from mcit.pipeline.methods import METHODS, build_methods
 from mcit.pipeline.methods.dare import Dare, DareConfig
 from mcit.pipeline.methods.ilora import ILora, ILoraConfig
@@ -18,7 +19,7 @@ from mcit.pipeline.methods.magmax import MagMax, MagMaxConfig
 from mcit.pipeline.methods.maxmerge import MaxMerge, MaxMergeConfig
 from mcit.pipeline.methods.olora import OLora, OLoraConfig, overlap
 from mcit.pipeline.methods.ties import Ties, TiesConfig
-from mcit.pipeline.policy.adapters import Dense, Factors, live_adapter, lora_layers
+from mcit.pipeline.policy.adapters import live_adapter, lora_layers
 from mcit.pipeline.recipe.schema import TrainConfig
 
 

@@ -1,23 +1,22 @@
 """`mcit plan`: what it says beforehand against what was measured afterwards."""
 
-import json
 from pathlib import Path
 
-import published as shapes
 import pytest
 import torch
+from published import published
 from publishing import run
 from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl, write_json, write_jsonl
 from mcit.eval.serving import Serving, write_serving
-from mcit.pipeline.planning.memory import NF4_BITS, disk, measure, policy_ranks, training_memory, weight_bytes
-from mcit.pipeline.planning.pace import Pace, assumed_training, measured_answers, measured_training
+from mcit.pipeline.methods import expand
+from mcit.pipeline.methods.outlook import Passes, look_through
+from mcit.pipeline.planning.pace import Pace, assumed_training, extra_tokens, measured_answers, measured_training
 from mcit.pipeline.planning.plan import Machine, Plan, known_runs, plan
-from mcit.pipeline.planning.work import StageWork
 from mcit.pipeline.recipe.loading import load_recipe
-from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig
+from mcit.pipeline.run.disk import run_needs
 from mcit.pipeline.run.step import Launch
 
 __all__ = ["run"]  # a fixture
@@ -35,10 +34,11 @@ def test_steps_and_tokens_are_those_that_were_trained_and_disk_is_near(run):
         trained, log = read_json(folder / "trained.json"), read_jsonl(folder / "train_log.jsonl")
         assert (row["samples"], row["steps"]) == (trained["samples"], trained["steps"])
         assert row["tokens"] == log[-1]["num_tokens"]
-        assert row["memory"]["trained"] == 16 * trained["trained_parameters"]
+        assert row["memory"]["trained"] == 12 * trained["trained_parameters"]
     assert found["answers"] == sum(len(read_jsonl(path)) for path in (run / "predictions").glob("*/*[a-z].jsonl"))
-    files = [file for part in ("adapter", "delta") for file in (run / "stages").glob(f"*/{part}/*") if file.is_file()]
-    assert found["disk"]["adapters"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.2)
+    kept = ("adapter", "delta", "method")
+    files = [file for part in kept for file in (run / "stages").glob(f"*/{part}/*") if file.is_file()]
+    assert found["disk"]["stages"] == pytest.approx(sum(file.stat().st_size for file in files), rel=0.2)
     assert found["disk"]["base_model"] == pytest.approx(
         (Path(load_recipe(run).base_model.path) / "model.safetensors").stat().st_size, rel=0.01
     )
@@ -58,75 +58,98 @@ def test_generations_of_grpo_are_counted(run):
     assert [(row["steps"], row["generations"]) for row in twice["stages"]] == [(12, 24), (12, 24)]
 
 
+def test_what_methods_take_is_counted(run):
+    """DER replays the first stage in the second, from states that a plan does not have."""
+    plain, der = (planned(run, f"method={method}") for method in ("{}", "{der: {buffer: 4, per_batch: 2, top: 3}}"))
+    first, second = (
+        (mine["tokens"], others["tokens"]) for mine, others in zip(der["stages"], plain["stages"], strict=True)
+    )
+    assert first[0] == first[1]
+    assert second[0] - second[1] == pytest.approx(second[1], rel=0.2)  # batches of two, and two beside them
+    kept = der["disk"]["stages"] - plain["disk"]["stages"]
+    answer = 2  # tokens: a colour and the end of the turn
+    assert kept == pytest.approx(2 * 4 * answer * 3 * 6, rel=0.5)
+    lwf, ewc = (planned(run, f"method={{{name}: {{}}}}", "train.lineage=continue") for name in ("lwf", "ewc"))
+    trained = plain["stages"][0]["memory"]["trained"] / 12
+    assert [row["memory"]["methods"] for row in ewc["stages"]] == [0, 8 * trained]
+    assert all(row["memory"]["methods"] > 4 * trained for row in lwf["stages"])
+
+
+def test_answers_are_counted_in_all_ways_and_judged_where_there_is_reasoning(run):
+    plain = planned(run)
+    held = sum(len(read_jsonl(path)) for path in (run / "predictions").glob("*/*[a-z].jsonl"))
+    assert plain["answers_again"] <= held and plain["judged"] == 0
+    assert planned(run, "eval.constrained=false")["answers_again"] == 0
+    probed = planned(run, "eval.constrained=false", "eval.image_probe=1")
+    assert probed["answers_again"] == 2 * len(list((run / "predictions").glob("*/*.done.json")))
+    judge = "eval.judge={endpoint: http://localhost:1/v1, model: m, samples: 1, request: {max_completion_tokens: 7}}"
+    think = [f"stream.{task}.reasoning=think" for task in ("first", "second")]
+    asked = planned(run, judge, *think)
+    cells = len(list((run / "predictions").glob("*/*.done.json")))
+    assert (asked["judged"], asked["judged_tokens"]) == (cells, 7 * cells)
+
+
 def test_what_does_not_fit_is_said(run):
     assert planned(run, gpu_memory=24.0)["misfits"] == []
     small = planned(run, gpu_memory=0.008)["misfits"]
     assert [line.split(",")[0].rpartition(" in ")[0] for line in small[:2]] == ["stage 1 trains", "stage 2 trains"]
     assert "per_device_train_batch_size" in small[0] and "vLLM needs" in small[2] and "eval.max_model_len" in small[2]
-    [ranks] = planned(run, "train.lora.r=400", gpu_memory=24.0)["misfits"]
-    assert ranks.startswith("from stage 2 on policies have ranks above 512 (up to 800)")
+    [copies] = [note for note in planned(run, "train.lora.r=400")["notes"] if "ranks" in note]
+    assert copies.startswith("1 policies have ranks above 512 (up to 800), which vLLM serves as merged copies")
     assert planned(run, measured=False)["seconds"] is None
 
 
-def test_memory_is_what_an_h100_needed():
-    """The shape of Qwen2.5-VL-3B as benchmarks/real_size.py trained it: 10.6 GiB, and 10.8 with one stage behind."""
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(shapes.published()["Qwen/Qwen2.5-VL-3B-Instruct"])
-    found = measure(model, ModulesConfig())
-    recipe = load_recipe(
-        "mini/sequential",
-        [
-            *("base_model.dtype=bfloat16", "train.lineage=stack", "train.lora.r=64", "train.global_batch_size=16"),
-            "train.sft.args={gradient_checkpointing: true}",
-        ],
-    )
-    work = StageWork(256, 16, 256, 16 * 16 * 295, 295, 16, 0, 0)
-    bench = json.loads((Path(__file__).parents[1] / "benchmarks" / "real_size.json").read_text())["stages"]
-    peaks = {row["stage"]: row["peak_gib"] for row in bench if row["run"] == "sequential"}
-    for k, name in ((1, "01-first"), (2, "02-second")):
-        memory = training_memory(recipe, k, found, work, 1, "single")
-        assert memory.total / 2**30 == pytest.approx(peaks[name], rel=0.05)
-    assert 64 * found.adapted == pytest.approx(120e6, rel=0.01)
-    zero3 = training_memory(recipe, 1, found, work, 4, "zero3")
-    assert zero3.weights * 4 == training_memory(recipe, 1, found, work, 1, "single").weights
-    nf4 = ModelConfig(path="x/y", quantization="nf4")
-    whole = weight_bytes(found, ModelConfig(path="x/y"))
-    assert weight_bytes(found, nf4) == whole - found.linear * (2 - NF4_BITS / 8)
-    assert NF4_BITS == pytest.approx(4.127, abs=1e-3)
-
-
 def test_ranks_and_disk_follow_the_lineage():
-    def of(lineage: str) -> list[int]:
-        return policy_ranks(load_recipe("mini/sequential", [f"train.lineage={lineage}", "train.lora.r=4"]))
-
-    assert of("stack") == of("fold") == [4, 8, 12, 16, 20]
-    assert of("continue") == of("independent") == [4] * 5
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(shapes.published()["Qwen/Qwen2.5-VL-3B-Instruct"])
-    found = measure(model, ModulesConfig())
-    sizes = {}
-    for lineage in ("stack", "continue", "independent"):
+    def of(lineage: str, entering: int = 0, behind: int = 0) -> tuple[list[int], float]:
+        """Ranks, and disk in ranks."""
         recipe = load_recipe("mini/sequential", [f"train.lineage={lineage}", "train.lora.r=4"])
-        sizes[lineage] = disk(recipe, found) / (4 * found.adapted)  # in ranks
-    assert sizes == {"stack": 60 + 20, "continue": 20 + 4 + 4 * 8, "independent": 20 + 20}
+        found = list(look_through(recipe, model, entering, behind))
+        return [one.rank for one in found], run_needs(recipe, found).kept / (4 * found[0].width)
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(published()["Qwen/Qwen2.5-VL-3B-Instruct"])
+    assert of("stack") == of("fold") == ([4, 8, 12, 16, 20], 60 + 20)
+    assert of("continue") == ([4] * 5, 20 + 4 + 4 * 8)
+    assert of("continue", 4, 1) == ([4] * 5, 20 + 5 * 8)
+    assert of("independent") == ([4] * 5, 20 + 20)
+    assert of("stack", 6, 2) == ([10, 14, 18, 22, 26], 90 + 20)
+
+
+def measured_run(run: Path, method: dict[str, object], seconds: float, runtime: float, processes: int = 1) -> Path:
+    """A run of one stage of 1,000 tokens."""
+    base = Serving(stage=0, name="base", kind="base", base="b", base_hash="h", hash="h")
+    write_serving(run / "stages" / "00-base", base)
+    folder = run / "stages" / "01-task"
+    train = {"paradigm": "sft", "global_batch_size": 2}
+    trained = {"steps": 5, "processes": processes}
+    marker = {"seconds": seconds, "inputs": {"train": train, "method": method}, "trained": trained}
+    write_json(folder / "done.json", marker)
+    write_json(folder / "trained.json", {})
+    write_jsonl(folder / "train_log.jsonl", [{"num_tokens": 1000}, {"train_runtime": runtime}])
+    return run
 
 
 def test_paces_are_means_over_what_was_measured(tmp_path):
-    base = Serving(stage=0, name="base", kind="base", base="b", base_hash="h", hash="h")
-    write_serving(tmp_path / "run" / "stages" / "00-base", base)
-    for k, (seconds, runtime, tokens) in enumerate([(30.0, 20.0, 1000), (52.0, 40.0, 2000)], 1):
-        folder = tmp_path / "run" / "stages" / f"{k:02d}-task"
-        train = {"paradigm": "sft", "global_batch_size": 2}
-        write_json(folder / "done.json", {"seconds": seconds, "inputs": {"train": train}, "trained": {"steps": 5}})
-        write_json(folder / "trained.json", {})
-        write_jsonl(folder / "train_log.jsonl", [{"num_tokens": tokens}, {"train_runtime": runtime}])
-    runs = [tmp_path / "run"]
-    pace = measured_training(runs, "h", "sft")
-    assert pace == Pace(11.0, 0.02, 2) and pace.seconds(500) == 21.0
-    assert measured_training(runs, "other", "sft") is None and measured_training(runs, "h", "rft") is None
+    runs = [measured_run(tmp_path / "one", {}, 30.0, 20.0), measured_run(tmp_path / "two", {}, 42.0, 30.0, 2)]
+    pace = measured_training(runs, "h", "sft", {})
+    assert pace == Pace(11.0, 0.04, 2, passes=False)  # 20 s, and 30 s of two processes, for 2,000 tokens
+    assert pace.seconds(500) == 31.0 and pace.seconds(500, processes=2) == 21.0
+    assert measured_training(runs, "other", "sft", {}) is None and measured_training(runs, "h", "rft", {}) is None
     for k, (seconds, n) in enumerate([(15.0, 10), (10.0, 20), (5.0, 10)]):
-        write_json(tmp_path / "run" / "predictions" / f"{k:02d}" / "t.done.json", {"seconds": seconds, "n": n})
+        write_json(runs[0] / "predictions" / f"{k:02d}" / "t.done.json", {"seconds": seconds, "n": n})
     assert measured_answers(runs, "h") == Pace(10.0, 0.5, 3)  # 30 s for 40 answers, of which 10 to start
     assert assumed_training(10**9, 100.0, True).each == pytest.approx(6e9 / 9e12)
     with pytest.raises(InputError, match="is no run"):
         known_runs([tmp_path])
+
+
+def test_what_methods_do_beside_training_is_measured_with_them_or_added(tmp_path):
+    """LwF looks at every sample once more: a third of what training takes with checkpointing, half of it without."""
+    plain, lwf = {"reglora": {}}, {"lwf": {}}
+    slow = measured_run(tmp_path / "lwf", expand(lwf), 34.0, 30.0)
+    fast = measured_run(tmp_path / "reglora", expand(plain), 22.0, 20.0)
+    assert measured_training([slow, fast], "h", "sft", lwf) == Pace(4.0, 0.03, 1, passes=False)
+    assert measured_training([fast], "h", "sft", lwf) == Pace(2.0, 0.02, 1, passes=True)
+    assert measured_training([slow], "h", "sft", {}) is None  # its pace is another's
+    looks = Passes(forward=600, gradients=100)
+    assert extra_tokens(looks, checkpointing=True) == 300 and extra_tokens(looks, checkpointing=False) == 400

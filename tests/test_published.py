@@ -16,7 +16,8 @@ from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mcit.eval.engines.vllm import ignored_tensors
-from mcit.pipeline.policy.adapters import Factors, lora_layers, save_adapter
+from mcit.eval.lora import Factors
+from mcit.pipeline.policy.adapters import lora_layers, save_adapter
 from mcit.pipeline.policy.lineage import enter
 from mcit.pipeline.recipe.schema import TrainConfig
 

@@ -10,8 +10,8 @@ from mcit.data_prep.files import read_json
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines.base import Policy, Request
 from mcit.eval.engines.transformers import TransformersEngine
+from mcit.eval.lora import Factors, load_adapter
 from mcit.eval.serving import read_serving
-from mcit.pipeline.policy.adapters import Factors, load_adapter
 from mcit.pipeline.policy.lineage import enter, stack, target_names
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.schema import ModelConfig, ModulesConfig, TrainConfig

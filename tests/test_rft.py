@@ -18,8 +18,8 @@ import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.schema import Sample
+from mcit.eval.lora import load_adapter
 from mcit.eval.serving import read_serving
-from mcit.pipeline.policy.adapters import load_adapter
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.reinforcement.prompts import check_roles
 from mcit.pipeline.reinforcement.rewards import Rewards

@@ -20,9 +20,9 @@ from trl import GRPOConfig, SFTConfig
 import mcit.recipes
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.lora import load_adapter
 from mcit.eval.serving import read_serving
 from mcit.pipeline.methods.keys import unpack
-from mcit.pipeline.policy.adapters import load_adapter
 from mcit.pipeline.recipe.loading import load_recipe, write_recipe
 from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage.stage import main, replace_folder, run_stage

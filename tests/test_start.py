@@ -2,27 +2,32 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import hub as loopback
 import pytest
 import torch
+from families import save_qwen3_vl_moe
 from hub import READ
 from publishing import finish, mcit, run, write_recipe_file
+from random_model import RANDOM
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
+from mcit.eval.extension import save_extension
 from mcit.eval.hashing import hash_model
+from mcit.eval.lora import hash_adapter, load_adapter
 from mcit.eval.results import read_results
 from mcit.eval.serving import read_serving
-from mcit.pipeline.policy.adapters import hash_adapter, load_adapter
+from mcit.pipeline.policy.adapters import save_adapter, scaled
 from mcit.pipeline.policy.export import export
 from mcit.pipeline.publishing.config import PublishConfig
 from mcit.pipeline.publishing.files import gather, write_trees
 from mcit.pipeline.recipe.loading import load_recipe
-from mcit.pipeline.run.start import find_start, pin_start, place_start, stages_behind
+from mcit.pipeline.run.start import check_start, find_start, pin_start, place_start, stages_behind
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.steps import Run
 
@@ -144,6 +149,114 @@ def test_a_manifest_that_asks_for_anything_else_is_refused(run, tmp_path, change
     write_json(tmp_path / "mcit.json", read_json(tmp_path / "mcit.json") | change)
     with pytest.raises(InputError, match=line):
         find_start(str(tmp_path))
+
+
+def carrying(run: Path, folder: Path, kind: str) -> Path:
+    """A copy of a run whose second stage is a merge in the policy's place, or modules of a method's own."""
+    for name in ("stages", "report"):
+        shutil.copytree(run / name, folder / name)
+    stage, results = folder / "stages" / "02-second", read_json(run / "results.json")
+    serving = read_json(stage / "serving.json")
+    if kind == "carried":
+        (stage / "adapter").rename(stage / "carried")
+        save_adapter(stage / "adapter", scaled(load_adapter(stage / "carried"), 0.5), serving["base"])
+        serving |= {"carried": "carried", "hash": hash_adapter(stage / "adapter")}
+    else:
+        tensors = {"layer.a": torch.ones(2, 3), "layer.b": torch.ones(3, 2), "layer.router": torch.ones(2, 3)}
+        save_extension(stage / "extended", {"kind": "mixture", "scaling": 2.0}, tensors)
+        save_file(tensors, stage / "method" / "moelora.safetensors")
+        shutil.rmtree(stage / "adapter")
+        digest = hash_model(str(stage / "extended"))
+        serving |= {"kind": "extended", "path": "extended", "rank": None, "hash": digest}
+    write_json(stage / "serving.json", serving)
+    results["hashes"]["policies"][2] = serving["hash"]
+    write_json(folder / "results.json", results)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["carried", "extended"])
+def test_what_no_plain_lora_is_is_published_and_gone_on_from(run, tmp_path, kind):
+    """From the run's folder and from what was published: the same policy, and what its method goes on from."""
+    copy, recipe = carrying(run, tmp_path / "run", kind), load_recipe(run, check_methods=False)
+    write_trees(gather(recipe, copy, PublishConfig(repo_id="acme/two")), tmp_path / "dry")
+    tree, wanted = tmp_path / "dry" / "stage-02-second", read_serving(copy / "stages" / "02-second")
+    card = (tree / "README.md").read_text()
+    other = tmp_path / "dry" / TAG / "mcit.json"
+    assert "carried" not in read_json(other)  # what was published before is the same file as ever
+    if kind == "carried":
+        assert "the LoRA in `carried/` of stage-02-second" in card and "is_trainable" not in card
+    else:
+        assert "modules of mcit's own on the base" in card and "extend(model, " in card and "library_name" not in card
+        assert not (tree / "adapter_model.safetensors").exists()
+    base = read_serving(run / "stages" / "00-base")
+    for number, place in enumerate((copy / "stages" / "02-second", tree)):
+        start, folder = find_start(str(place)), tmp_path / f"base{number}"
+        placed = place_start(start, base, folder)
+        assert (placed.kind, placed.path, placed.hash) == (wanted.kind, wanted.path, wanted.hash)
+        assert placed.carried == wanted.carried and start.stages == 2
+        if kind == "carried":
+            assert hash_adapter(folder / "carried") == hash_adapter(copy / "stages" / "02-second" / "carried")
+            assert start.entering_rank == 4
+            check_start(start, "stack", None)
+            with pytest.raises(InputError, match=r"has no state of moelora, which goes on from nothing else"):
+                check_start(start, "continue", "moelora")
+        else:
+            check_start(start, "continue", "moelora")
+            with pytest.raises(
+                InputError, match=r"modules of a method's own on the base, and the first stage trains a"
+            ):
+                check_start(start, "stack", None)
+    touched = tree / ("carried/adapter_model" if kind == "carried" else "extended/model")
+    tensors = load_file(f"{touched}.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, f"{touched}.safetensors")
+    with pytest.raises(InputError, match="holds another policy than it says"):
+        place_start(find_start(str(tree)), base, tmp_path / "touched")
+
+
+def test_a_merged_model_is_gone_on_from_by_the_method_that_made_it(run, tmp_path):
+    start = replace(find_start(str(copied(run, tmp_path / "01-first"))), kind="merged", state=[])
+    check_start(start, "full", None)
+    with pytest.raises(
+        InputError, match=r"is a merged model, and the first stage trains a LoRA.*or train\.lineage: full"
+    ):
+        check_start(start, "stack", None)
+    with pytest.raises(InputError, match="has no state of moextend"):
+        check_start(start, "stack", "moextend")
+    check_start(replace(start, state=[tmp_path / "moextend.safetensors"]), "stack", "moextend")
+
+
+WAYS = {
+    "moelora": ["method={moelora: {experts: 2}}", "train.lineage=continue"],
+    "magmax": ["method={magmax: {}}", "train.lineage=continue"],
+    "ties": ["method={ties: {}}", "train.lineage=stack"],
+    "moextend": ["method={moextend: {experts: 1}}", "train.lineage=stack"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WAYS)
+def test_a_stream_that_is_cut_in_two_trains_as_one_whatever_holds_its_policy(name, tmp_path, monkeypatch):
+    """Published between its halves, and gone on from elsewhere: weights and state to the last bit."""
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    base = RANDOM
+    if name == "moextend":
+        save_qwen3_vl_moe(base := tmp_path / "mixture")
+    run = finish(write_recipe_file(tmp_path, "two.yaml", ["first", "second"], base=base), tmp_path / "run", *WAYS[name])
+    with loopback.serve() as hub:
+        code, said = mcit(hub, tmp_path / "one", "publish", run, "--repo-id", "acme/two")
+        assert code == 0, said
+        recipe = write_recipe_file(tmp_path, "half.yaml", ["second"], f"start_from: hub:acme/two@{TAG}\n", base)
+        half = tmp_path / "half"
+        code, said = mcit(hub, tmp_path / "other", "run", recipe, "--run-dir", half, *WAYS[name], token=READ)
+        assert code == 0, said
+    whole, part = run / "stages" / "02-second", half / "stages" / "01-second"
+    one, two = read_serving(whole), read_serving(part)
+    assert (one.kind, one.hash, one.carried) == (two.kind, two.hash, two.carried)
+    state, other = (load_file(folder / "method" / f"{name}.safetensors") for folder in (whole, part))
+    assert state.keys() == other.keys() and all(torch.equal(state[key], other[key]) for key in state)
+    if one.carried:
+        assert hash_adapter(whole / "carried") == hash_adapter(part / "carried")
+    assert read_results(half)["matrix"][0] == [read_results(run)["matrix"][1][1]]
 
 
 def test_a_published_pickle_is_never_read(run, tmp_path):

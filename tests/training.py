@@ -19,9 +19,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCall
 import mcit.recipes
 from mcit.data_prep.files import hash_rows, read_json, write_json, write_jsonl
 from mcit.data_prep.schema import Config, Sample
+from mcit.eval.lora import Adapter, Factors
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.methods import Method, StepView
-from mcit.pipeline.policy.adapters import Adapter, Factors
 
 COLOURS = ("red", "green", "blue", "white")
 

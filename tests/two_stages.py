@@ -31,6 +31,8 @@ from mcit.data_prep.files import read_json, read_jsonl, write_json
 from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.preemption import Preempted
+from mcit.pipeline.training.collator import Collator
+from mcit.pipeline.training.replay import backbone
 
 # Where a method's defaults are not for a tiny model and a learning rate of 0.2.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -95,6 +97,9 @@ class Trained:
     rest: str  # a digest of all others
     randomness: bytes  # the states of all generators at the end
     states: dict[str, dict[str, torch.Tensor]]  # of the methods, before they were saved
+    held: dict[str, int]  # bytes of the tensors that methods had as training ended
+    length: float  # tokens of a sample, on average
+    passed: dict[bool, int]  # tokens that went through the model, with gradients and without
 
 
 class Stages:
@@ -172,11 +177,20 @@ class Stages:
 
             def on_train_end(self, *args: Any, model: Any, **_: Any) -> None:
                 kept.update(look(kept.pop("before"), model))
+                kept.update(held={method.name: held(method) for method in kept.pop("methods")})
 
         def make(entered: Any) -> Any:
             trainer = make_trainer(entered)
             trainer.add_callback(Look)
-            kept.update(before=snapshot(entered.model))
+            kept.update(before=snapshot(entered.model), methods=entered.methods, passed={True: 0, False: 0})
+            tokens = Collator(entered.processor, [], 1000).collate(entered.samples)["attention_mask"].sum()
+            kept.update(length=int(tokens) / len(entered.samples))
+
+            def count(_: Any, __: Any, inputs: Mapping[str, Any]) -> None:
+                if (mask := inputs.get("attention_mask")) is not None and mask.ndim == 2:  # not of packed rows
+                    kept["passed"][torch.is_grad_enabled()] += int(mask.sum())
+
+            backbone(entered.model).register_forward_pre_hook(count, with_kwargs=True)
             return trainer
 
         def keep(folder: Path, name: str, state: dict[str, torch.Tensor]) -> None:
@@ -229,6 +243,19 @@ def look(before: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str
         rest.update(name.encode() + after[name].cpu().numpy().tobytes())
     weights = {name: after[name] for name in sorted(trainable | changed)}
     return {"trainable": trainable, "changed": changed, "weights": weights, "rest": rest.hexdigest()}
+
+
+def held(value: Any, known: dict[int, int] | None = None) -> int:
+    """Bytes of the tensors of a method, in its attributes and what they list."""
+    known = {} if known is None else known
+    if isinstance(value, torch.Tensor):
+        known[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    inner = (
+        vars(value).values() if isinstance(value, Method) else value.values() if isinstance(value, Mapping) else value
+    )
+    for one in inner if isinstance(value, (Method, Mapping, list, tuple)) else ():
+        held(one, known)
+    return sum(known.values())
 
 
 def same(one: Mapping[str, torch.Tensor], two: Mapping[str, torch.Tensor]) -> bool:

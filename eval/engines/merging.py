@@ -1,4 +1,12 @@
-"""An adapter of a higher rank than vLLM serves, merged into a copy of the base for as long as it is served."""
+"""A policy as one model: merged into the base for good, or, where vLLM takes no LoRA of its rank, while it is served.
+
+    W' = round(round(W) + scaling · B A)
+
+W is rounded to the dtype that policies are trained and served in; the sum is made in float32, and rounded to that dtype
+once. For that is the policy which was trained, and which an engine serves with its LoRA beside the base: both load the
+base in that dtype, whatever it is stored in, and add the LoRA to it. The factors are those of the file: PEFT's own
+merge would round them to the base's dtype first.
+"""
 
 import contextlib
 import fcntl
@@ -7,16 +15,52 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mcit.data_prep.files import hash_json
 
+from ..hashing import model_folder
+from ..lora import Changes, fold, load_adapter
+from ..serving import Serving
 from .base import Policy
-from .transformers import load_lora
+
+
+def write_merged(serving: Serving, changes: Changes, folder: Path) -> None:
+    """Write the base of `serving` with `changes` merged in to `folder`, as a model in the layout of the base's files.
+
+    Raises `InputError` for changes that do not fit the base.
+    """
+    source = {"revision": serving.revision, "trust_remote_code": serving.trust_remote_code}
+    model = AutoModelForImageTextToText.from_pretrained(
+        serving.base, dtype=getattr(torch, serving.dtype), use_safetensors=True, **source
+    )
+    fold(model, changes)
+    model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(serving.base, **source, **serving.processor).save_pretrained(folder)
+    _lay_out_as(model_folder(serving.base, serving.revision), folder)
+
+
+def _lay_out_as(base: Path, folder: Path) -> None:
+    """Take from the base's own files what no merge has changed: all that is no matrix.
+
+    transformers keeps the tensor names that a model was loaded under, but writes a mixture's experts transposed.
+    """
+    where: dict[str, Path] = {}
+    for file in base.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            where |= {name: file for name in opened.keys() if len(opened.get_slice(name).get_shape()) != 2}
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name in tensors.keys() & where.keys():
+            with safe_open(where[name], framework="pt") as opened:
+                tensors[name] = opened.get_tensor(name).to(tensors[name].dtype)
+        whole = file.with_suffix(".whole")  # what was loaded is read from the file as it is needed
+        save_file(tensors, whole, metadata={"format": "pt"})
+        whole.replace(file)
 
 
 @contextlib.contextmanager
@@ -49,23 +93,8 @@ def _make(policy: Policy, folder: Path) -> None:
     """Write the copy, whole or not at all."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        _merge(policy, temporary)
+        assert policy.adapter is not None
+        write_merged(policy.serving, load_adapter(policy.adapter), temporary)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@torch.no_grad()
-def _merge(policy: Policy, folder: Path) -> None:
-    """`W + scaling · B A` in float32 from the untouched weights, rounded to the serving dtype once."""
-    serving = policy.serving
-    source = {"revision": serving.revision, "trust_remote_code": serving.trust_remote_code}
-    # As stored, since a float32 copy of everything may not fit; only one layer at a time is in float32.
-    model = AutoModelForImageTextToText.from_pretrained(serving.base, dtype="auto", use_safetensors=True, **source)
-    dtype, adapted = getattr(torch, serving.dtype), load_lora(model, policy)
-    layers: list[Any] = [module for module in adapted.modules() if isinstance(module, LoraLayer)]
-    for layer in layers:
-        weight = layer.get_base_layer().weight
-        weight.data = (weight.float() + layer.get_delta_weight(serving.hash)).to(dtype)
-    adapted.unload().to(dtype).save_pretrained(folder)
-    AutoProcessor.from_pretrained(serving.base, **source).save_pretrained(folder)

@@ -8,17 +8,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from mcit.data_prep import schema
 from mcit.data_prep.schema import Sample
 
+from .outlook import Passes
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel, TrainerCallback
 
-    from ..policy.adapters import Adapter, Dense, Factors
+    from mcit.eval.lora import Adapter, Dense, Factors
+
     from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.collator import Collator
     from ..training.replay import Replay, Replayed
     from ..training.trainer import MethodLoss
+    from .outlook import Outlook
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]
 Past = Mapping[int, Sequence[Sample]]  # samples by the stage that trained them last
@@ -125,13 +129,21 @@ class Method:
         """
         raise NotImplementedError
 
-    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
-        """Bytes of the state that `finish` returns after a stage, for what is checked before anything is trained.
-
-        `model` is the untouched base, of which there may be no more than shapes; `shapes` are those of the layers with
-        LoRA, [out, in], by name.
-        """
+    def disk(self, outlook: "Outlook") -> int:
+        """Bytes of what is left of a stage because of the method: its state, and what is evaluated by `served`."""
         return 0
+
+    def memory(self, outlook: "Outlook") -> float:
+        """Bytes that the method holds beside the model on the device of one process while a stage trains."""
+        return 0
+
+    def trains(self, outlook: "Outlook") -> int | None:
+        """The parameters in training, where they are not the whole LoRA; None: they are."""
+        return None
+
+    def passes(self, outlook: "Outlook") -> Passes:
+        """What the model has to do for the method beside training; replayed samples are counted anyway."""
+        return Passes()
 
     def callbacks(self) -> list["TrainerCallback"]:
         """Callbacks for what acts per step."""

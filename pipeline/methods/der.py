@@ -20,6 +20,7 @@ from ..training.collator import IGNORED
 from ..training.replay import Replay, Replayed
 from .base import Method, Past
 from .buffer import cut, ordered
+from .outlook import Outlook, Passes
 from .outputs import answer_loss, logit_gap, logits
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.trainer import MethodLoss
+
+
+KEPT_BYTES = 2 + 4  # of a kept logit: its value, and which it is
 
 
 class DerConfig(schema.Config):
@@ -90,6 +94,18 @@ class Der(Method):
             for part in ("values", "places")
         }
         return state | self._recorded(samples, new)
+
+    def disk(self, outlook: Outlook) -> int:
+        """As if every stage so far had had as many samples as this one, with answers as long."""
+        if not self.config.per_batch:
+            return 0
+        kept = min(self.config.buffer, outlook.stages * outlook.samples)
+        top = min(self.config.top, outlook.model.config.get_text_config().vocab_size)
+        return round(kept * outlook.answer * top * KEPT_BYTES)
+
+    def passes(self, outlook: Outlook) -> Passes:
+        new = min(self.config.buffer // outlook.stages, outlook.samples)
+        return Passes(forward=new * outlook.length if self.config.per_batch else 0)
 
     def _loss(self, sample: schema.Sample, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of one sample, for `hidden` [tokens, units] and `labels` [tokens]."""

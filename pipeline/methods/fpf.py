@@ -23,6 +23,7 @@ from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
 from .hft import matrix
+from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
@@ -95,6 +96,16 @@ class Fpf(Method):
                 weight.grad = gradient
             optimizer.step()
             optimizer.zero_grad()
+
+    def memory(self, outlook: Outlook) -> float:
+        """What trains as it was; gradients and moments of what is chosen, while no others are there."""
+        if not (self.config.times and outlook.stages > 1):
+            return 0
+        return FLOAT * outlook.lora * (1 + 2 * self.config.share)
+
+    def passes(self, outlook: Outlook) -> Passes:
+        steps = self.config.times * self.config.steps if outlook.stages > 1 else 0
+        return Passes(gradients=steps * self.config.per_batch * outlook.length)
 
     def _gradients(self, weights: list[Any]) -> list[Tensor]:
         """Of the mean cross-entropy of the next `per_batch` past samples."""

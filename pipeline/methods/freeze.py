@@ -13,6 +13,7 @@ from mcit.data_prep import schema
 
 from ..training.replay import unwrapped
 from .base import Method
+from .outlook import Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -39,12 +40,19 @@ class Freeze(Method):
     config: FreezeConfig
 
     def build(self, model: "PeftModel", state: dict[str, Tensor]) -> None:
+        for block in self._frozen(model):
+            block.requires_grad_(False)
+
+    def trains(self, outlook: Outlook) -> int | None:
+        frozen = {module for block in self._frozen(outlook.model) for module in block.modules()}
+        trained = [name for name in outlook.shapes if outlook.model.get_submodule(name) not in frozen]
+        return outlook.stage.train.lora.r * sum(sum(outlook.shapes[name]) for name in trained)
+
+    def _frozen(self, model: nn.Module) -> list[nn.Module]:
+        """The blocks that do not train."""
         blocks = decoder_blocks(model)
         count = max(1, round(self.config.share * len(blocks)))
-        trained = blocks[:count] if self.config.blocks == "first" else blocks[-count:]
-        for block in blocks:
-            if block not in trained:
-                block.requires_grad_(False)
+        return blocks[count:] if self.config.blocks == "first" else blocks[:-count]
 
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:

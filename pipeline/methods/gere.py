@@ -22,6 +22,7 @@ from ..training.replay import Replay, Replayed, backbone
 from .anchor import Anchor, anchor_path, write_anchor
 from .base import Method
 from .keys import unpack
+from .outlook import Outlook, Passes
 from .outputs import answer_loss, divergence
 from .ternary import margin_loss
 
@@ -94,6 +95,20 @@ class Gere(Method):
     def replay_loss(self, seen: Replayed) -> Tensor:
         rows = zip(seen.samples, seen.tokens, seen.hidden, seen.labels, strict=True)
         return torch.stack([self._loss(sample, h[:tokens], labels[:tokens]) for sample, tokens, h, labels in rows])
+
+    def disk(self, outlook: Outlook) -> int:
+        """The base's states, made once, in the cache; those of the policy that a stage began with go with the stage."""
+        if not (self.config.active and self.config.weight) or self.config.anchor != "base" or outlook.stages > 1:
+            return 0
+        units = outlook.model.config.get_text_config().hidden_size
+        item = 1 / 4 if self.config.match == "tm" else outlook.model.dtype.itemsize
+        return round(min(self.config.samples, outlook.general) * outlook.general_length * units * item)
+
+    def passes(self, outlook: Outlook) -> Passes:
+        """One over all general samples, and under `tm` one before it for the thresholds."""
+        made = self.config.active and self.config.weight and (self.config.anchor != "base" or outlook.stages == 1)
+        seen = min(self.config.samples, outlook.general) * outlook.general_length
+        return Passes(forward=seen * (1 + (self.config.match == "tm")) if made else 0)
 
     def _loss(self, sample: int, hidden: Tensor, labels: Tensor) -> Tensor:
         """Of one sample, for `hidden` [tokens, units] and `labels` [tokens]."""

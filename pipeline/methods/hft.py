@@ -17,6 +17,7 @@ from mcit.data_prep import schema
 
 from .base import Method, Past
 from .freeze import decoder_blocks
+from .outlook import Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -62,6 +63,10 @@ class Hft(Method):
             for name, parameter in block.named_parameters():
                 if f"{id(block)} {matrix(name)}" in frozen:
                     parameter.requires_grad_(False)
+
+    def trains(self, outlook: Outlook) -> int | None:
+        """About: which matrices are frozen is drawn, and they are not equally large."""
+        return round((1 - self.config.share) * outlook.lora)
 
 
 def matrix(parameter: str) -> str:

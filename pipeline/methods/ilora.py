@@ -18,12 +18,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Adapter, Dense, Factors
 
-from ..policy.adapters import Adapter, Dense, Factors
 from ..training.replay import Replay, Replayed, backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
+from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 from .previous import swapped
 
@@ -119,6 +120,16 @@ class ILora(Method):
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         return {name: weight.float().cpu() for name, weight in self.slow.items()} if self.config.averages else {}
+
+    def disk(self, outlook: Outlook) -> int:
+        return FLOAT * outlook.lora * (self.config.averages + (self.config.serve == "slow"))
+
+    def memory(self, outlook: Outlook) -> float:
+        return FLOAT * outlook.lora if self.config.averages else 0
+
+    def passes(self, outlook: Outlook) -> Passes:
+        tied = self.config.per_batch > 0 and self.config.weight > 0 and outlook.stages > 1
+        return Passes(forward=outlook.steps * self.config.per_batch * outlook.length if tied else 0)
 
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Mapping[str, Factors | Dense] | None:
         if self.config.serve == "fast":

@@ -18,12 +18,11 @@ from mcit.data_prep.identity import rank
 
 from ..training.trainer import trained_parameters
 from .base import Method, StepView
+from .outlook import FLOAT, Outlook, Passes
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
-    from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.trainer import MethodLoss
 
@@ -76,8 +75,16 @@ class Importance(Method):
             return None
         return self.config.weight / 2 * distance(dict(view.model.named_parameters()), self.pulls)
 
-    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
-        return 4 * most_trained(model, shapes, stage) if self.config.weight else 0
+    def disk(self, outlook: Outlook) -> int:
+        return FLOAT * outlook.trained if self.config.weight else 0
+
+    def memory(self, outlook: Outlook) -> float:
+        """The importance, and the weights as the stage began."""
+        return 2 * FLOAT * outlook.trained if self.config.weight and outlook.resumes else 0
+
+    def passes(self, outlook: Outlook) -> Passes:
+        seen = min(self.config.samples, outlook.samples) * outlook.length
+        return Passes(gradients=seen if self.config.weight else 0)
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:
@@ -114,13 +121,6 @@ def measured(
         for name, gradient in gradients.items():
             total[name] += adds(gradient.float())
     return {name: (trainer.accelerator.reduce(summed, "sum") / len(chosen)).cpu() for name, summed in total.items()}
-
-
-def most_trained(model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
-    """How many weights a stage trains at most; `model` and `shapes` are those of `Method.disk`."""
-    if stage.train.lineage == "full":
-        return sum(parameter.numel() for parameter in model.parameters())
-    return stage.train.lora.r * sum(rows + columns for rows, columns in shapes.values())
 
 
 def distance(weights: Mapping[str, Tensor], pulls: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:

@@ -25,6 +25,7 @@ from ..training.collator import IGNORED
 from ..training.replay import Replay, Replayed, backbone
 from ..training.trainer import evaluating
 from .base import Method, Past
+from .outlook import Outlook, Passes
 from .outputs import answer_loss, distance_to, logits
 
 if TYPE_CHECKING:
@@ -85,6 +86,10 @@ class Interference(Method):
         for (hidden, labels, _), target in zip(rows, self._as_they_were(seen.samples), strict=True):
             gaps.append(distance_to(hidden[:-1][labels[1:] != IGNORED], target, self.head, 1.0))
         return losses + self.config.weight * torch.stack(gaps)
+
+    def passes(self, outlook: Outlook) -> Passes:
+        seen = outlook.steps * self.config.per_batch * outlook.length
+        return Passes(forward=seen if self.config.weight else 0)
 
     @torch.no_grad()
     def _as_they_were(self, samples: list[int]) -> list[Tensor]:

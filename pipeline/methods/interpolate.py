@@ -10,9 +10,11 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Adapter
 
-from ..policy.adapters import Adapter, scaled
+from ..policy.adapters import scaled
 from .base import Method
+from .outlook import FLOAT, Outlook
 
 
 class InterpolateConfig(schema.Config):
@@ -34,6 +36,9 @@ class Interpolate(Method):
     neutral = {"share": 1}  # noqa: RUF012
 
     config: InterpolateConfig
+
+    def disk(self, outlook: Outlook) -> int:
+        return 0 if self.config.share == 1 else FLOAT * outlook.rank * outlook.width
 
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Adapter | None:
         return None if self.config.share == 1 else scaled(policy, self.config.share)

@@ -17,6 +17,7 @@ from mcit.data_prep import schema
 from ..policy.adapters import lora_layers
 from ..training.trainer import trained_parameters
 from .base import Method, StepView
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from ..stage.entering import Entered
@@ -62,6 +63,9 @@ class L2(Method):
         else:
             moved = [squared_norm(*self._moved(name, a, b), scaling) for name, a, b, scaling in lora_layers(view.model)]
         return self.config.weight / 2 * torch.stack(moved).sum()
+
+    def memory(self, outlook: Outlook) -> float:
+        return FLOAT * outlook.lora if self.config.weight and outlook.resumes else 0
 
     def _moved(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of what the stage has changed: b a − b* a* = (b − b*) a + b* (a − a*), which loses no digits."""

@@ -21,6 +21,7 @@ from mcit.eval.extension import add_prompts, save_extension
 
 from ..training.collator import IGNORED
 from .base import Method, StepView
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +80,14 @@ class L2P(Method):
         if not learned.any():
             return self.pool.likeness.new_zeros(())
         return self.config.weight * view.share * (1 - self.pool.likeness[learned]).mean()
+
+    def trains(self, outlook: Outlook) -> int | None:
+        units = outlook.model.config.get_text_config().hidden_size
+        return self.config.pool * (1 + self.config.length) * units if self.carries else None
+
+    def disk(self, outlook: Outlook) -> int:
+        """The state, and the policy, which is the same."""
+        return 2 * FLOAT * (self.trains(outlook) or 0)
 
     def finish(self, model: Any, samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.carries:

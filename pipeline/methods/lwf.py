@@ -17,6 +17,7 @@ from mcit.data_prep import schema
 
 from ..training.collator import IGNORED
 from .base import Method, StepView
+from .outlook import FLOAT, Outlook, Passes
 from .outputs import distance_to
 from .previous import Previous
 
@@ -52,6 +53,16 @@ class Lwf(Method):
         if self.config.weight:
             self.head = trainer.output_head(self.name)
             self.previous = Previous(trainer)
+
+    def memory(self, outlook: Outlook) -> float:
+        """What trains as it was, and what it said of a micro-batch's answers, word by word."""
+        if not self.config.weight:
+            return 0
+        said = outlook.micro_batch * outlook.answer * outlook.model.config.get_text_config().vocab_size
+        return FLOAT * (outlook.lora + said)
+
+    def passes(self, outlook: Outlook) -> Passes:
+        return Passes(forward=outlook.tokens if self.config.weight else 0)
 
     def loss(self, view: StepView) -> Tensor | None:
         if not self.config.weight:

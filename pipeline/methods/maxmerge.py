@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..policy.adapters import Adapter, Dense, Factors
+from mcit.eval.lora import Adapter, Dense, Factors
+
+from .outlook import FLOAT, Outlook
 from .vectors import Vectors, VectorsConfig, adapters
 
 
@@ -25,6 +27,9 @@ class MaxMerge(Vectors):
     paper = "MLLM-CTBench, arXiv 2508.08275 (code)"
     lineages = ("independent",)
     Config = MaxMergeConfig
+
+    def merged_bytes(self, outlook: Outlook) -> int:
+        return FLOAT * outlook.lora
 
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Mapping[str, Factors | Dense] | None:
         if not self.config.merge:

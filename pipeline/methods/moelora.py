@@ -21,6 +21,7 @@ from mcit.eval.extension import add_mixtures, save_extension
 
 from ..policy.lineage import target_names
 from .base import Method, Past
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,6 +79,16 @@ class MoELora(Method):
         for layer in self.layers.values():
             layer.dropout = nn.Dropout(lora.dropout)
         return model
+
+    def trains(self, outlook: Outlook) -> int | None:
+        if not self.carries:
+            return None
+        rank = outlook.stage.train.lora.r // self.config.experts * self.config.experts
+        return sum(rank * (rows + columns) + self.config.experts * columns for rows, columns in outlook.shapes.values())
+
+    def disk(self, outlook: Outlook) -> int:
+        """The state, and the policy, which is the same."""
+        return 2 * FLOAT * (self.trains(outlook) or 0)
 
     def finish(self, model: Any, samples: list[schema.Sample]) -> dict[str, Tensor]:
         return {

@@ -16,6 +16,7 @@ from mcit.data_prep import schema
 
 from ..policy.adapters import lora_layers
 from .base import Method, StepView
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,6 +56,14 @@ class OLora(Method):
                 self.past[name] = self.past[name].to(a.device)
                 terms.append(overlap(self.past[name], a.float(), self.config.norm))
         return self.config.weight * torch.stack(terms).sum()
+
+    def disk(self, outlook: Outlook) -> int:
+        columns = sum(columns for _, columns in outlook.shapes.values())
+        return FLOAT * outlook.rank * columns if self.config.weight else 0
+
+    def memory(self, outlook: Outlook) -> float:
+        """The A of earlier stages, of which the policy's rank is the sum."""
+        return self.disk(outlook) * (1 - outlook.stage.train.lora.r / outlook.rank)
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:

@@ -18,10 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.lora import Dense, fold
 
-from ..policy.adapters import Dense, pattern
-from ..policy.lineage import fold, target_names
+from ..policy.adapters import pattern
+from ..policy.lineage import target_names
 from .base import Method, Past
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +71,30 @@ class Osf(Method):
         fold(model, {name: Dense(change) for name, change in state.items()})
         targets = pattern(target_names(model, self.train.modules))
         return get_peft_model(model, OSFConfig(effective_rank=self.config.preserved, target_modules=targets))
+
+    def trains(self, outlook: Outlook) -> int | None:
+        if not self.carries:
+            return None
+        return sum((rows + columns + 1) * self._free(rows, columns) for rows, columns in outlook.shapes.values())
+
+    def memory(self, outlook: Outlook) -> float:
+        """What trains as it was, and the frozen directions of the longer side."""
+        if not self.carries:
+            return 0
+        frozen = sum(
+            max(rows, columns) * (min(rows, columns) - self._free(rows, columns)) * (rows != columns)
+            for rows, columns in outlook.shapes.values()
+        )
+        return outlook.model.dtype.itemsize * ((self.trains(outlook) or 0) + frozen)
+
+    def disk(self, outlook: Outlook) -> int:
+        """A merged model, and the change of every layer."""
+        changes = FLOAT * sum(rows * columns for rows, columns in outlook.shapes.values())
+        return outlook.base_bytes + changes if self.carries else 0
+
+    def _free(self, rows: int, columns: int) -> int:
+        """Of a weight's directions, how many train; PEFT rounds the others down."""
+        return min(rows, columns) - int(self.config.preserved * min(rows, columns))
 
     @torch.no_grad()
     def finish(self, model: Any, samples: list[schema.Sample]) -> dict[str, Tensor]:

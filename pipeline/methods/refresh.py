@@ -8,7 +8,6 @@ and of F only the last stage's is left. It is meant to go with others; `method: 
 is the paper's. Where a weight is zero, as B of a fresh LoRA, so is its step. `step: 0` is neutral.
 """
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +22,13 @@ from ..training.replay import backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method
 from .ewc import surprise
-from .importance import measured, most_trained
+from .importance import measured
+from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
-    from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.trainer import MethodLoss
 
@@ -90,16 +88,27 @@ class Refresh(Method):
         if state:
             self.noise.set_state(state["noise"])
 
-    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
-        resumes = stage.train.lineage in ("continue", "full")
-        return 4 * most_trained(model, shapes, stage) if self.config.step and resumes else 0
-
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not (self.config.step and self.resumes):
             return {}
         return measured(
             self.trainer, samples, self.config.samples, lambda h, labels: surprise(h, labels, self.head), torch.square
         )
+
+    def disk(self, outlook: Outlook) -> int:
+        resumes = outlook.stage.train.lineage in ("continue", "full")
+        return FLOAT * outlook.trained if self.config.step and resumes else 0
+
+    def memory(self, outlook: Outlook) -> float:
+        """The gradients of a batch, summed over micro-batches; those of training are not there yet."""
+        return FLOAT * outlook.trained if self.config.step else 0
+
+    def passes(self, outlook: Outlook) -> Passes:
+        if not self.config.step:
+            return Passes()
+        measured = outlook.stage.train.lineage in ("continue", "full")
+        seen = measured * min(self.config.samples, outlook.samples) * outlook.length
+        return Passes(gradients=outlook.tokens / self.config.every + seen)
 
     def _gradients(self, trained: dict[str, Any]) -> dict[str, Tensor]:
         """Of the samples' cross-entropy, a mean over the coming global batch."""

@@ -18,12 +18,10 @@ from mcit.data_prep.errors import InputError
 from ..policy.adapters import lora_layers
 from .base import Method, StepView
 from .keys import MeanAtKeys, add_keys, total, width
+from .outlook import Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
-
-    from ..recipe.schema import Stage
 
 
 class RegLoraConfig(schema.Config):
@@ -86,10 +84,14 @@ class RegLora(Method):
                 penalty = penalty + MeanAtKeys.apply(*layers[name], packed, self.config.bits, keys)
         return self.config.weight * view.processes / len(layers) * penalty
 
-    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
+    def disk(self, outlook: Outlook) -> int:
         if not self.config.weight:
             return 0
-        return sum(rows * width(columns, self.config.bits) for rows, columns in shapes.values())
+        return sum(rows * width(columns, self.config.bits) for rows, columns in outlook.shapes.values())
+
+    def memory(self, outlook: Outlook) -> float:
+        """The counts, dealt out to the processes."""
+        return self.disk(outlook) / outlook.processes if outlook.stages > 1 else 0
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:

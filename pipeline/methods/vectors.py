@@ -13,9 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
+from mcit.eval.engines.vllm import MAX_RANK
+from mcit.eval.lora import Adapter, Dense, Factors
 
-from ..policy.adapters import Adapter, Dense, Factors, concat, live_adapter
+from ..policy.adapters import concat, live_adapter
 from .base import Method, Past
+from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -52,7 +55,24 @@ class Vectors(Method):
         return samples
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
-        return self.state | flat(live_adapter(model), self.stage.k) if self.config.merge else {}
+        if not self.config.merge:
+            return {}
+        return self.state | flat(live_adapter(model), len(adapters(self.state)) + 1)  # a run may go on from another's
+
+    def disk(self, outlook: Outlook) -> int:
+        """The adapters of all stages, and their merge: a LoRA where one holds it, else a model."""
+        if not self.config.merge:
+            return 0
+        summed = outlook.stage.train.lineage in ("stack", "fold")
+        ranks = outlook.rank if summed else outlook.stages * outlook.stage.train.lora.r
+        return FLOAT * ranks * outlook.width + self.merged_bytes(outlook)
+
+    def merged_bytes(self, outlook: Outlook) -> int:
+        """What is evaluated."""
+        full = max(min(shape) for shape in outlook.shapes.values())
+        if full > MAX_RANK:
+            return outlook.base_bytes
+        return FLOAT * full * outlook.width
 
     def served(self, policy: Adapter, state: Mapping[str, Tensor]) -> Mapping[str, Factors | Dense] | None:
         if not self.config.merge:
@@ -67,7 +87,7 @@ class Vectors(Method):
 
 
 def flat(adapter: Adapter, k: int) -> dict[str, Tensor]:
-    """An adapter as tensors with names, those of stage `k`; its scaling goes into B."""
+    """An adapter as tensors with names, those of the `k`-th one; its scaling goes into B."""
     named: dict[str, Tensor] = {}
     for name, (a, b, scaling) in adapter.items():
         named |= {f"{k:03d}.{name}.a": a, f"{k:03d}.{name}.b": b * scaling}

@@ -1,51 +1,82 @@
-"""Memory and disk that a run needs, from the model's shapes alone: it stands on the meta device, without weights.
+"""The memory that a run needs, from the model's shapes alone: it stands on the meta device, without weights.
 
-Of one training process, in bytes, with b bytes a number in the base's dtype, T tokens in a micro-batch (its samples,
-each as long as the longest), S = Σ (in + out) over the linear layers of a decoder layer, h its width, L their number:
+Of one training process at its peak, in bytes, with n parameters in training, b bytes a number in the base's dtype, N
+processes, T tokens in a micro-batch (its samples, each as long as the longest), L decoder layers of width h,
+S = Σ (in + out) over the matrices of a layer that a token goes through (of a mixture, those of its k experts), and A
+the same over those with LoRA and dropout:
 
-    weights       parameters × b; a linear layer of the language model under nf4: 4.127 bits a parameter, which is
-                  4 + 8/64 + 32/(64·256) (QLoRA, arXiv 2305.14314, section 3, double quantization)
-    trained       parameters of the LoRA × 16: weight, gradient and Adam's two moments in float32
-    past          under `stack`, the increments of earlier stages × b
-    activations   with gradient checkpointing L·T·h·b (what is kept of each layer) + 2·T·S·b (one layer, run again, and
-                  its gradients); without it L·T·S·b + T·S·b
-    logits        of 256 tokens at a time × vocabulary × 8; RFT: of a micro-batch's completions × vocabulary × (b + 4)
-    cache         RFT: keys and values of the completions that a process generates at once
+    weights       parameters × b, under ZeRO-3 / N; a linear layer of the language model under nf4: 4.127 bits a
+                  parameter, which is 4 + 8/64 + 32/(64·256) (QLoRA, arXiv 2305.14314, section 3, double quantization).
+                  Under `full` those in training are in `trained`, and the frozen ones in float32
+    trained       12 n: value and Adam's two moments in float32. ZeRO: b n, and (b + 16) n / N for a process's part of
+                  gradients in the model's dtype, and of values, gradients and moments in float32
+    gradients     4 n; where none are summed over micro-batches, those of a layer come as what was kept of it goes, and
+                  what counts is by how much all of them are more than all that is kept
+    past          under `stack`, the increments of earlier stages × b, on every process
+    exchange      DDP: 4 n, copies of the gradients. ZeRO: a bucket of 5e8 gradients × b, and under ZeRO-3 up to 1e9 (or
+                  all) parameters × b that are whole (the defaults of DeepSpeed 0.19)
+    activations   with gradient checkpointing T L h b are kept, and T (2.25 S + 1.3 A) b are those of the layer that is
+                  run again, with its gradients; without it T L (1.35 S + 0.9 A) b are kept, and T (0.8 S + 0.35 A) b
+                  come on top
+    cache         GRPO: keys and values of the completions that a process generates at once, when there are no
+                  activations
 
-ZeRO-2 and ZeRO-3 share out Adam's moments and gradients, ZeRO-3 the weights too. What a method adds (its state,
-replayed samples' states) is not in it, nor are the libraries, some 0.5 GiB on a GPU.
+The factors of S and A are from a trace that adds up what torch allocates (`benchmarks/memory.py --trace`). Logits are
+no part of it: TRL 1.16 makes them in tiles of 4,096 tokens × 32,768 words. Nor are the pictures' pixels, the tower,
+which keeps nothing while it is frozen, and what a projector or tower in training keeps. What methods hold they say
+themselves (`Method.memory`). Libraries take some 0.5 GiB of a GPU beside all this, and its allocator leaves gaps.
 """
 
-import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
+from mcit.eval.engines.vllm import MAX_RANK, RANKS, SLOT_RANKS
+
 from ..policy.lineage import target_names
 from ..recipe.schema import ModelConfig, ModulesConfig, Recipe
-from .work import StageWork
 
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_LOGITS_AT_ONCE = 256  # TRL 1.16 makes logits of as many tokens at a time
-_ADAM = 16  # bytes of a trained parameter: weight, gradient, two moments, float32
-_SAVED = 4  # bytes of a saved factor: float32
+LIBRARIES = 1.2e9  # bytes of main memory: a stage of the embedded model takes as much, which has 2 million parameters
+_BUCKET, _WHOLE = 500_000_000, 1_000_000_000  # DeepSpeed: reduce_bucket_size, stage3_max_live_parameters
 
 
 class Shapes(NamedTuple):
-    """What memory depends on of a model and the layers that get LoRA."""
+    """What memory depends on of a model."""
 
     parameters: int
     linear: int  # of them, in linear layers of the language model, which are what nf4 quantises
-    adapted: int  # Σ (in + out) over the layers that get LoRA
     layers: int
     hidden: int
-    per_layer: int  # Σ (in + out) over the linear layers of one decoder layer
-    vocabulary: int
+    per_layer: int  # Σ (in + out) over the matrices of one decoder layer that a token goes through
     cache: int  # numbers that a token leaves in the cache, over all layers
     context: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one process trains."""
+
+    shapes: Shapes
+    trained: int  # parameters
+    width: int  # Σ (in + out) over all layers with LoRA; 0: there is none
+    whole: bool = False  # whether the trained parameters are the model's own
+    past_rank: int = 0  # of the increments beside the weights
+    methods: float = 0  # bytes that methods hold
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    quantization: Literal["none", "nf4"] = "none"
+    mode: str = "single"
+    processes: int = 1
+    samples: int = 1  # of a micro-batch
+    tokens: int = 2048  # of a sample, images and answer included
+    at_once: int = 0  # completions that the process generates at once
+    accumulates: bool = True  # whether gradients are summed over several micro-batches
+    checkpointing: bool = True
+    dropout: bool = True
 
 
 class Memory(NamedTuple):
@@ -53,10 +84,11 @@ class Memory(NamedTuple):
 
     weights: float
     trained: float
+    gradients: float
     past: float
-    activations: float
-    logits: float
-    cache: float
+    exchange: float
+    methods: float
+    activations: float  # or the cache, if it is larger
 
     @property
     def total(self) -> float:
@@ -75,101 +107,94 @@ class EngineMemory(NamedTuple):
         return sum(self)
 
 
-def shapes_of(base: ModelConfig, modules: ModulesConfig) -> Shapes:
-    """The shapes of a model, from its configuration. Raises `InputError`."""
+def training_memory(training: Training) -> Memory:
+    """By the formula above."""
+    one, shapes, n = training, training.shapes, training.trained
+    b, sharded = _BYTES[one.dtype], one.mode in ("zero2", "zero3")
+    weights = weight_bytes(shapes, one.dtype, one.quantization)
+    if one.whole:
+        weights = (shapes.parameters - n) * (b if sharded else 4)
+    weights /= one.processes if one.mode == "zero3" else 1
+    trained = n * (b + (b + 16) / one.processes) if sharded else 12.0 * n
+    exchange = 4.0 * n if one.mode == "ddp" else 0.0
+    if sharded:
+        exchange = b * (_BUCKET + (min(shapes.parameters, _WHOLE) if one.mode == "zero3" else 0))
+    in_batch = one.samples * one.tokens * b
+    dropped = one.width / shapes.layers if one.dropout else 0
+    if one.checkpointing:
+        kept = in_batch * shapes.layers * shapes.hidden
+        activations = kept + in_batch * (2.25 * shapes.per_layer + 1.3 * dropped)
+    else:
+        kept = in_batch * shapes.layers * (1.35 * shapes.per_layer + 0.9 * dropped)
+        activations = kept + in_batch * (0.8 * shapes.per_layer + 0.35 * dropped)
+    gradients = 0.0 if sharded else 4.0 * n - (0.0 if one.accumulates else min(kept, 4.0 * n))
+    past, cache = one.past_rank * one.width * b, one.at_once * one.tokens * shapes.cache * b
+    return Memory(weights, trained, gradients, past, exchange, one.methods, max(activations, cache))
+
+
+def host_memory(training: Training, memory: Memory, on_gpu: bool) -> float:
+    """Bytes of main memory that the process has at its peak.
+
+    Libraries, and the base, which is loaded there before it goes to a GPU; without one all of training is there. While
+    weights are loaded in another dtype than they are stored in, what is stored comes on top.
+    """
+    weights = weight_bytes(training.shapes, training.dtype)
+    return LIBRARIES + (weights if on_gpu else memory.total)
+
+
+def engine_memory(recipe: Recipe, shapes: Shapes, width: int, ranks: Sequence[int], longest: int) -> EngineMemory:
+    """vLLM with the adapters of stages of these `ranks`, on layers of this `width`.
+
+    The base is in its own dtype, quantised in training or not. Adapters beyond those that fit vLLM's slots wait in the
+    computer's memory, and those of too high a rank are merged into copies of the base.
+    """
+    b = _BYTES[recipe.base_model.dtype]
+    length = min(recipe.eval.max_model_len or shapes.context, longest + recipe.eval.max_new_tokens)
+    served = [rank for rank in ranks if rank <= MAX_RANK]
+    slot = next(allowed for allowed in RANKS if allowed >= max(served, default=0))
+    adapters = min(len(served), max(1, SLOT_RANKS // slot)) * slot * width * b
+    return EngineMemory(shapes.parameters * b, adapters, length * shapes.cache * b)
+
+
+def weight_bytes(shapes: Shapes, dtype: str, quantization: str = "none") -> float:
+    """The base model as it is trained on."""
+    quantised = shapes.linear if quantization == "nf4" else 0
+    return (shapes.parameters - quantised) * _BYTES[dtype] + quantised * NF4_BITS / 8
+
+
+def meta_model(base: ModelConfig) -> Any:
+    """The base model without weights, from its configuration. Raises `InputError`."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(base.path, revision=base.revision, trust_remote_code=base.trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=base.trust_remote_code)
-    return measure(model, modules)
+        return AutoModelForImageTextToText.from_config(
+            config, dtype=getattr(torch, base.dtype), trust_remote_code=base.trust_remote_code
+        )
 
 
-def measure(model: Any, modules: ModulesConfig) -> Shapes:
+def measure(model: Any) -> Shapes:
     """The shapes of a model that is there, if only on the meta device."""
     text = model.config.get_text_config()
-    language = _sizes(model, target_names(model, ModulesConfig()))
-    adapted = _sizes(model, target_names(model, modules))
-    first = re.compile(r"(^|\.)layers\.0\.")
+    language = [model.get_submodule(name) for name in target_names(model, ModulesConfig())]
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Shapes(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        linear=sum(rows * columns for rows, columns in language.values()),
-        adapted=sum(rows + columns for rows, columns in adapted.values()),
+        linear=sum(layer.weight.numel() for layer in language),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
-        per_layer=sum(rows + columns for name, (rows, columns) in language.items() if first.search(name)),
-        vocabulary=text.vocab_size,
+        per_layer=max(_passed(layer, text) for layer in model.get_decoder().layers),
         cache=2 * text.num_hidden_layers * heads * width,
         context=text.max_position_embeddings,
     )
 
 
-def weight_bytes(shapes: Shapes, base: ModelConfig) -> float:
-    """The base model as it is trained on."""
-    quantised = shapes.linear if base.quantization == "nf4" else 0
-    return (shapes.parameters - quantised) * _BYTES[base.dtype] + quantised * NF4_BITS / 8
-
-
-def training_memory(
-    recipe: Recipe, k: int, shapes: Shapes, work: StageWork, processes: int, mode: str, past_rank: int = 0
-) -> Memory:
-    """One process that trains stage `k`; `past_rank` is the rank with which the run begins (`start_from`)."""
-    base, train = recipe.base_model, recipe.stages[k - 1].train
-    b = _BYTES[base.dtype]
-    args = (train.sft if train.paradigm == "sft" else train.rft).args
-    trained = train.lora.r * shapes.adapted
-    past = past_rank + sum(stage.train.lora.r for stage in recipe.stages[: k - 1]) if train.lineage == "stack" else 0
-    tokens = work.micro_batch * (work.longest + work.completion)
-    if args.get("gradient_checkpointing", True):  # TRL's default
-        activations = tokens * b * (shapes.layers * shapes.hidden + 2 * shapes.per_layer)
-    else:
-        activations = tokens * b * shapes.per_layer * (shapes.layers + 1)
-    if train.paradigm == "sft":
-        logits, cache = min(tokens, _LOGITS_AT_ONCE) * shapes.vocabulary * 8, 0
-    else:
-        logits = work.micro_batch * work.completion * shapes.vocabulary * (b + 4)
-        at_once = -(-(args.get("generation_batch_size") or train.global_batch_size) // processes)
-        cache = at_once * (work.longest + work.completion) * shapes.cache * b
-    weights, trained_bytes = weight_bytes(shapes, base), float(trained * _ADAM)
-    if mode in ("zero2", "zero3"):
-        trained_bytes = trained * (_ADAM - 12 + 12 / processes)
-    if mode == "zero3":
-        weights /= processes
-    return Memory(weights, trained_bytes, past * shapes.adapted * b, activations, logits, cache)
-
-
-def engine_memory(recipe: Recipe, shapes: Shapes, ranks: Sequence[int], longest: int) -> EngineMemory:
-    """vLLM with the adapters of all stages: the base in its own dtype, quantised in training or not."""
-    b = _BYTES[recipe.base_model.dtype]
-    length = min(recipe.eval.max_model_len or shapes.context, longest + recipe.eval.max_new_tokens)
-    adapters = max(ranks, default=0) * len(ranks) * shapes.adapted * b
-    return EngineMemory(shapes.parameters * b, adapters, length * shapes.cache * b)
-
-
-def policy_ranks(recipe: Recipe, past_rank: int = 0) -> list[int]:
-    """The rank of the adapter that each stage leaves on the untouched base."""
-    ranks: list[int] = []
-    before = past_rank
-    for stage in recipe.stages:
-        adds = stage.train.lineage in ("stack", "fold")
-        before = stage.train.lora.r + (before if adds else 0)
-        ranks.append(before)
-    return ranks
-
-
-def disk(recipe: Recipe, shapes: Shapes, past_rank: int = 0) -> int:
-    """Bytes of the adapters that a run leaves: each stage's policy and its increment, in float32."""
-    ranks, total = policy_ranks(recipe, past_rank), 0
-    for stage, rank in zip(recipe.stages, ranks, strict=True):
-        goes_on = stage.train.lineage == "continue" and (stage.k > 1 or past_rank)
-        increment = stage.train.lora.r * (2 if goes_on else 1)  # what a LoRA that trains on adds is a difference
-        total += (rank + increment) * shapes.adapted * _SAVED
-    return total
-
-
-def _sizes(model: Any, names: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """(out, in) of linear layers."""
-    modules: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in names}
-    return {name: (linear.out_features, linear.in_features) for name, linear in modules.items()}
+def _passed(layer: nn.Module, text: Any) -> int:
+    """Σ (in + out) over the matrices of a decoder layer that a token goes through: of experts, those it is sent to."""
+    linear = [module for module in layer.modules() if isinstance(module, nn.Linear)]
+    experts = [weight for weight in layer.parameters() if weight.ndim == 3]  # [experts, …, …]
+    active = getattr(text, "num_experts_per_tok", None) or 1
+    return sum(one.in_features + one.out_features for one in linear) + active * sum(
+        sum(weight.shape[1:]) for weight in experts
+    )

@@ -1,38 +1,49 @@
 """`mcit plan`: what a run will take, and what of it will not fit, as plain data."""
 
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.engines.vllm import MAX_RANK
 from mcit.eval.hashing import hash_model
 
+from ..methods import Method, build_methods
+from ..methods.outlook import Outlook, look_through
 from ..recipe.orders import members
-from ..recipe.schema import Recipe
+from ..recipe.schema import Phase, Recipe
+from ..run.disk import run_needs, trained_parameters
 from ..run.start import find_start
 from ..run.step import Launch
-from .memory import disk, engine_memory, policy_ranks, shapes_of, training_memory, weight_bytes
-from .pace import Pace, assumed_training, measured_answers, measured_training
-from .work import answers, prepare, stage_work
-
-_GIB = 2**30
-_LARGEST_RANK = 512  # that vLLM 0.31 takes
-_RESERVE = 0.9  # of a GPU's memory: what vLLM takes by default, and what training can count on
+from .fit import misfits
+from .memory import (
+    Memory,
+    Shapes,
+    Training,
+    engine_memory,
+    host_memory,
+    measure,
+    meta_model,
+    training_memory,
+    weight_bytes,
+)
+from .pace import Pace, assumed_training, extra_tokens, measured_answers, measured_training
+from .work import Prepared, StageWork, answers, judged, prepare, stage_work
 
 
 class StagePlan(TypedDict):
-    """A stage. Bytes are of one training process."""
+    """A stage, or one of its two phases. Bytes are of one training process."""
 
     stage: int
     name: str
-    paradigm: str
+    paradigm: Phase
     samples: int
     steps: int
     tokens: int
     generations: int
     memory: dict[str, int]
     memory_total: int
+    host_memory: int
     seconds: float | None  # None: nothing was measured, and nothing assumed
 
 
@@ -45,7 +56,10 @@ class Plan(TypedDict):
     tokens: int
     generations: int
     answers: int
-    answer_tokens: int
+    answers_again: int  # at most: the same questions, the answers held to a form, or without their images
+    answer_tokens: int  # at most, of all of them
+    judged: int  # questions to a judge, at most
+    judged_tokens: int | None  # of its replies, at most; None: nobody has set a limit
     engine_memory: dict[str, int]
     engine_memory_total: int
     disk: dict[str, int]
@@ -67,54 +81,37 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     """Plan a run; its data are prepared on the way, in the cache. `measured` are earlier runs. Raises `InputError`."""
     from ..stage.entering import load_processor  # here: needs trl
 
-    processes, mode = machine.launch.processes, machine.launch.config.stem
     base, notes = recipe.base_model, list[str]()
     start = find_start(recipe.start_from) if recipe.start_from else None
-    behind, past_rank = (start.stages, start.rank or 0) if start else (0, 0)
+    entering, behind = (start.entering_rank, start.stages) if start else (0, 0)
     prepared = prepare(recipe, load_processor(base))
-    shapes = shapes_of(base, recipe.stages[0].train.modules)
-    base_hash = hash_model(base.path, base.revision)
-    rows = []
-    for stage in recipe.stages:
-        work = stage_work(recipe, stage, prepared, processes, behind)
-        memory = training_memory(recipe, stage.k, shapes, work, processes, mode, past_rank)
-        pace = measured_training(measured, base_hash, stage.train.paradigm)
-        if pace is None and machine.tflops is not None and stage.train.paradigm == "sft":
-            checkpointing = stage.train.sft.args.get("gradient_checkpointing", True)
-            pace = assumed_training(shapes.parameters, machine.tflops * processes, checkpointing)
-        notes.append(f"stage {stage.k}: {_basis(pace, 'tokens' if stage.train.paradigm == 'sft' else 'completions')}")
-        units = work.tokens if stage.train.paradigm == "sft" else work.seen
-        rows.append(
-            StagePlan(
-                stage=stage.k,
-                name=stage.name,
-                paradigm=stage.train.paradigm,
-                samples=work.samples,
-                steps=work.steps,
-                tokens=work.tokens,
-                generations=work.generations,
-                memory={part: round(value) for part, value in memory._asdict().items()},
-                memory_total=round(memory.total),
-                seconds=round(pace.seconds(units), 1) if pace else None,
-            )
-        )
+    model = meta_model(base)
+    shapes, base_hash = measure(model), hash_model(base.path, base.revision)
+    rows, known = [], list[Outlook]()
+    for outlook in look_through(recipe, model, entering, behind):
+        for phase in outlook.stage.train.phases:
+            methods = build_methods(recipe.method, outlook.stage.train)
+            work, counted = stage_work(recipe, outlook, phase, methods, prepared, machine.launch.processes)
+            training = _training(recipe, shapes, counted, phase, work, methods, machine.launch)
+            memory = training_memory(training)
+            host = host_memory(training, memory, on_gpu=machine.gpu_memory is not None)
+            pace = measured_training(measured, base_hash, outlook.stage.train.paradigm, recipe.method)
+            if pace is None and machine.tflops is not None and phase == "sft":
+                pace = assumed_training(shapes.parameters, machine.tflops, _checkpointing(counted, phase))
+            rows.append(_row(counted, phase, work, memory, host, pace, methods))
+            notes.append(f"stage {outlook.stage.k}: {_basis(pace, 'tokens' if phase == 'sft' else 'completions')}")
+        known.append(counted)
     asked, pace = answers(recipe, prepared), measured_answers(measured, base_hash)
+    questions = judged(recipe, prepared)
+    ranks = _served_ranks(recipe, known)
     longest = max(max(lengths.values()) for lengths in prepared.lengths.values())
-    ranks = policy_ranks(recipe, past_rank)
-    engine = engine_memory(recipe, shapes, ranks, longest)
+    engine = engine_memory(recipe, shapes, max((one.width for one in known), default=0), ranks, longest)
     times = [row["seconds"] for row in rows]
     answer_seconds = round(pace.seconds(asked.answers), 1) if pace else None
     total = sum(time for time in times if time is not None) + (answer_seconds or 0.0)
     notes.append(f"answers: {_basis(pace, 'answers')}")
     if recipe.sweep:
         notes.append(f"all figures are of one of the sweep's {len(list(members(recipe)))} runs")
-    if recipe.method:
-        notes.append(f"memory and disk of {', '.join(recipe.method)} come on top: docs/methods.md")
-    space = {
-        "adapters": disk(recipe, shapes, past_rank),
-        "data": prepared.bytes,
-        "base_model": round(weight_bytes(shapes, base.model_copy(update={"quantization": "none"}))),
-    }
     found = Plan(
         name=recipe.name,
         stages=rows,
@@ -122,17 +119,112 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
         tokens=sum(row["tokens"] for row in rows),
         generations=sum(row["generations"] for row in rows),
         answers=asked.answers,
+        answers_again=asked.again,
         answer_tokens=asked.tokens,
+        judged=questions.questions if questions else 0,
+        judged_tokens=questions.tokens if questions else 0,
         engine_memory={part: round(value) for part, value in engine._asdict().items()},
         engine_memory_total=round(engine.total),
-        disk=space,
+        disk=_disk(recipe, known, prepared, shapes),
         seconds=round(total, 1) if None not in times and answer_seconds is not None else None,
         answer_seconds=answer_seconds,
-        notes=list(dict.fromkeys(notes)),
+        notes=list(dict.fromkeys([*notes, *_copies(ranks)])),
         misfits=[],
     )
-    found["misfits"] = _misfits(found, machine, ranks)
+    found["misfits"] = misfits(found, machine.gpu_memory)
     return found
+
+
+def _training(
+    recipe: Recipe,
+    shapes: Shapes,
+    outlook: Outlook,
+    phase: Phase,
+    work: StageWork,
+    methods: Sequence[Method],
+    launch: Launch,
+) -> Training:
+    """A phase of a stage, as memory depends on it."""
+    train, base = outlook.stage.train, recipe.base_model
+    lora = train.lineage != "full" and not any(method.carries for method in methods)
+    return Training(
+        shapes=shapes,
+        trained=trained_parameters(outlook, methods),
+        width=outlook.width if lora else 0,
+        whole=train.lineage == "full",
+        past_rank=outlook.rank - train.lora.r if train.lineage == "stack" else 0,
+        methods=sum(method.memory(outlook) for method in methods),
+        dtype=base.dtype,
+        quantization=base.quantization,
+        mode=launch.mode,
+        processes=launch.processes,
+        samples=work.micro_batch,
+        tokens=work.longest + work.completion,
+        at_once=work.at_once,
+        accumulates=work.accumulates,
+        checkpointing=_checkpointing(outlook, phase),
+        dropout=phase == "sft" and train.lora.dropout > 0,  # GRPO trains without
+    )
+
+
+def _row(
+    outlook: Outlook,
+    phase: Phase,
+    work: StageWork,
+    memory: Memory,
+    host: float,
+    pace: Pace | None,
+    methods: Sequence[Method],
+) -> StagePlan:
+    units: float = work.tokens if phase == "sft" else work.seen
+    if pace and pace.passes:
+        more = sum(extra_tokens(method.passes(outlook), _checkpointing(outlook, phase)) for method in methods)
+        units += more if phase == "sft" else more / (outlook.length + work.completion)
+    return StagePlan(
+        stage=outlook.stage.k,
+        name=outlook.stage.name,
+        paradigm=phase,
+        samples=work.samples,
+        steps=work.steps,
+        tokens=work.tokens,
+        generations=work.generations,
+        memory={part: round(value) for part, value in memory._asdict().items()},
+        memory_total=round(memory.total),
+        host_memory=round(host),
+        seconds=round(pace.seconds(units, outlook.processes), 1) if pace else None,
+    )
+
+
+def _checkpointing(outlook: Outlook, phase: Phase) -> bool:
+    return bool(outlook.stage.train.args(phase).get("gradient_checkpointing", True))  # TRL's default
+
+
+def _disk(recipe: Recipe, known: Sequence[Outlook], prepared: Prepared, shapes: Shapes) -> dict[str, int]:
+    needs = run_needs(recipe, known)
+    return {
+        "stages": needs.kept,
+        "checkpoints": needs.work,  # gone when the stage is done
+        "data": prepared.bytes,
+        "base_model": round(weight_bytes(shapes, recipe.base_model.dtype)),
+    }
+
+
+def _served_ranks(recipe: Recipe, known: Sequence[Outlook]) -> list[int]:
+    """The ranks of the adapters that are served, stage after stage; none of those that are models of their own."""
+    return [
+        one.rank
+        for one in known
+        if one.stage.train.lineage != "full"
+        and not any(method.carries for method in build_methods(recipe.method, one.stage.train))
+    ]
+
+
+def _copies(ranks: Sequence[int]) -> Iterator[str]:
+    if large := sum(rank > MAX_RANK for rank in ranks):
+        yield (
+            f"{large} policies have ranks above {MAX_RANK} (up to {max(ranks)}), which vLLM serves as merged copies, "
+            "each with an engine of its own: lower train.lora.r, or set train.lineage: continue"
+        )
 
 
 def _basis(pace: Pace | None, units: str) -> str:
@@ -142,37 +234,6 @@ def _basis(pace: Pace | None, units: str) -> str:
         return "time assumed from the peak of the GPU, at the share of it that an H100 was seen to reach"
     each = f"{1000 * pace.each:.3g} ms each of the {units}, {pace.start:.1f} s to start"
     return f"time by {pace.measured} that were measured: {each}"
-
-
-def _misfits(found: Plan, machine: Machine, ranks: Sequence[int]) -> list[str]:
-    """What will not fit, each with what to do about it."""
-    problems = []
-    if machine.gpu_memory is not None:
-        room = machine.gpu_memory * _GIB * _RESERVE
-        for row in found["stages"]:
-            if row["memory_total"] > room:
-                problems.append(
-                    f"stage {row['stage']} trains in {row['memory_total'] / _GIB:.1f} GiB, and {room / _GIB:.1f} of "
-                    f"{machine.gpu_memory:g} can be counted on: lower train.{row['paradigm']}.args."
-                    "per_device_train_batch_size or base_model.processor.max_pixels, or set base_model.quantization: "
-                    "nf4"
-                )
-        if found["engine_memory_total"] > room:
-            problems.append(
-                f"vLLM needs {found['engine_memory_total'] / _GIB:.1f} GiB, and takes {room / _GIB:.1f} of "
-                f"{machine.gpu_memory:g}: lower eval.max_model_len"
-            )
-    if max(ranks) > _LARGEST_RANK:
-        first = next(k for k, rank in enumerate(ranks, 1) if rank > _LARGEST_RANK)
-        problems.append(
-            f"from stage {first} on policies have ranks above {_LARGEST_RANK} (up to {max(ranks)}), which vLLM does "
-            "not serve: lower train.lora.r, or set train.lineage: continue or eval.engine: transformers"
-        )
-    here = next(parent for parent in Path("runs").absolute().parents if parent.exists())
-    needed, free = found["disk"]["adapters"], shutil.disk_usage(here).free
-    if needed > free:
-        problems.append(f"the adapters need {needed / _GIB:.1f} GiB on disk, and {here} has {free / _GIB:.1f} free")
-    return problems
 
 
 def known_runs(named: Sequence[Path]) -> list[Path]:

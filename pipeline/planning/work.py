@@ -2,24 +2,31 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 
 from mcit.data_prep.checks import TokenCounter
 from mcit.data_prep.errors import InputError
-from mcit.data_prep.prepare import image_path, prepare_task, read_images, read_samples, read_task
+from mcit.data_prep.prepare import image_path, iter_samples, prepare_task, read_images, read_samples, read_task
 from mcit.data_prep.schema import Sample
 from mcit.eval.cells import needed_cells
+from mcit.eval.config import JudgeConfig
+from mcit.eval.constraints import constraint_of
 from mcit.eval.hashing import cache_dir
+from mcit.eval.judge.cells import reasons
 
-from ..methods import build_methods
+from ..methods import Method
+from ..methods.outlook import Outlook
 from ..recipe.schedule import past_of, trained_in
-from ..recipe.schema import Recipe, Stage
+from ..recipe.schema import Phase, Recipe, Stage
 from ..training.arguments import split_batch
 from ..training.batches import GlobalBatchSampler, by_kind, with_images
 from ..training.collator import Collator
 from ..training.replay import Replays
+
+_ANSWERS = 256  # of a stage's answers, at most, whose tokens are counted to know their mean
 
 
 class StageWork(NamedTuple):
@@ -31,22 +38,32 @@ class StageWork(NamedTuple):
     tokens: int  # of those, prompt, images and answer; RFT: of the prompts of all generations
     longest: int  # tokens of the longest sample
     micro_batch: int  # samples at most of one forward pass of one process
+    accumulates: bool  # whether a process sums gradients over several of them
     generations: int  # RFT: completions that are generated; SFT: 0
+    at_once: int  # RFT: of these, by one process at a time
     completion: int  # RFT: tokens at most of a completion; SFT: 0
 
 
 class Answers(NamedTuple):
     """What evaluation asks."""
 
-    cells: int
     answers: int
-    tokens: int  # at most, if every answer is as long as it may be
+    again: int  # questions that are asked in other ways too, at most
+    tokens: int  # of all answers, if every one is as long as it may be
+
+
+class Judged(NamedTuple):
+    """What a judge is asked, if every answer has reasoning, and each of its replies is a verdict."""
+
+    questions: int
+    tokens: int | None  # of its replies, at most; None: the recipe sets no limit
 
 
 @dataclasses.dataclass
 class Prepared:
     """The prepared tasks of a recipe, with the tokens of each training sample."""
 
+    collator: Collator
     folders: dict[str, Path]
     lengths: dict[str, dict[str, int]]  # task → sample id → tokens
     samples: dict[str, list[Sample]]
@@ -62,10 +79,10 @@ class Prepared:
 class _Trained(TokenCounter):
     """Counts the tokens that training sees: the dialogue as the collator cuts it, nothing behind the last answer."""
 
-    def __init__(self, processor: Any, folder: Path):
+    def __init__(self, collator: Collator, folder: Path):
         task = read_task(folder)
-        super().__init__(processor, read_images(folder), lambda name: image_path(folder, task, name))
-        self.collator = Collator(processor, [], sys.maxsize)
+        super().__init__(collator.processor, read_images(folder), lambda name: image_path(folder, task, name))
+        self.collator = collator
 
     def _text(self, sample: Sample) -> str:
         super()._text(sample)  # refuses placeholders
@@ -74,13 +91,13 @@ class _Trained(TokenCounter):
 
 def prepare(recipe: Recipe, processor: Any) -> Prepared:
     """Prepare the data in the cache, unless it is there, and count tokens. Raises `InputError`."""
-    prepared = Prepared({}, {}, {})
+    prepared = Prepared(Collator(processor, [], sys.maxsize), {}, {}, {})
     for task in recipe.sources:
         asd = None if task in recipe.anchors else recipe.asd
         home = Path(recipe.folder)
         folder = prepare_task(task, recipe.prepare, seed=recipe.seed, asd=asd, base_dir=home, cache=cache_dir())
         samples, lengths = read_samples(folder, "train"), dict[str, int]()
-        for sample, tokens in _Trained(processor, folder).each(samples):
+        for sample, tokens in _Trained(prepared.collator, folder).each(samples):
             if isinstance(tokens, InputError):
                 raise InputError(str(tokens), where=task.name, field=f"train sample {sample['id']}")
             lengths[sample["id"]] = tokens
@@ -89,8 +106,11 @@ def prepare(recipe: Recipe, processor: Any) -> Prepared:
     return prepared
 
 
-def stage_work(recipe: Recipe, stage: Stage, prepared: Prepared, processes: int, behind: int) -> StageWork:
-    """Count a stage. `behind` are the stages before the recipe's own first. Raises `InputError`."""
+def stage_work(
+    recipe: Recipe, outlook: Outlook, phase: Phase, methods: Sequence[Method], prepared: Prepared, processes: int
+) -> tuple[StageWork, Outlook]:
+    """Count a phase of a stage; also what is known of it then. Raises `InputError`."""
+    stage = outlook.stage
 
     def trained(stage: Stage) -> list[Sample]:
         return [
@@ -103,31 +123,80 @@ def stage_work(recipe: Recipe, stage: Stage, prepared: Prepared, processes: int,
 
     own = trained(stage)
     past = past_of(recipe.stages, stage.k, own, trained)
-    methods = build_methods(recipe.method, stage.train)
     general = [sample for anchor in recipe.anchors for sample in prepared.samples[anchor.name]]
     for method in methods:
-        own = method.data(stage, own, past if method.keeps == "past data" else {}, {})
+        own = method.data(stage, own, past if method.keeps == "past data" else {}, _StateToCome())
     replays = Replays(own, {method.name: wanted for method in methods if (wanted := method.replay(general))})
     lengths = [prepared.lengths[sample["task"]][sample["id"]] for sample in replays.samples]
-    seed = (recipe.seed * 1_000_003 + behind + stage.k) % 2**31
-    count = _sft if stage.train.paradigm == "sft" else _rft
-    return count(stage, replays, lengths, processes, seed)
+    seed = (recipe.seed * 1_000_003 + outlook.stages) % 2**31
+    count = _sft if phase == "sft" else _rft
+    work = count(stage, replays, lengths, processes, seed)
+    kept = [prepared.lengths[sample["task"]][sample["id"]] for sample in general]
+    return work, dataclasses.replace(
+        outlook,
+        processes=processes,
+        samples=work.samples,
+        steps=work.steps,
+        micro_batch=work.micro_batch,
+        tokens=work.tokens,
+        length=mean(lengths[: work.samples]),
+        answer=mean(_answer_tokens(prepared.collator, own[:_ANSWERS])),
+        general=len(kept),
+        general_length=mean(kept) if kept else 0.0,
+    )
+
+
+class _StateToCome(dict[str, Any]):
+    """The state that a method will have by then, of which it is only asked whether it has something: it has."""
+
+    def __contains__(self, key: object) -> bool:
+        return True
+
+
+def _answer_tokens(collator: Collator, samples: Sequence[Sample]) -> Iterator[int]:
+    """Of each sample, the tokens that carry loss."""
+    for sample in samples:
+        text = "".join(collator.pieces(sample)[1::2])
+        yield len(collator.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def answers(recipe: Recipe, prepared: Prepared) -> Answers:
     """Count what evaluation asks at the end."""
-    cells = needed_cells(recipe.eval.cells, len(recipe.stages), recipe.learned)
-    asked = sum(read_task(prepared.folders[task])["counts"]["test"] for _, task in cells)
-    return Answers(len(list(cells)), asked, asked * recipe.eval.max_new_tokens)
+    general = tuple(task.name for task in recipe.eval.general)
+    cells = [name for _, name in needed_cells(recipe.eval.cells, len(recipe.stages), recipe.learned, general)]
+    counts = {name: _asked(recipe, prepared.folders[name]) for name in dict.fromkeys(cells)}
+    asked, again = (sum(counts[name][i] for name in cells) for i in (0, 1))
+    return Answers(asked, again, (asked + again) * recipe.eval.max_new_tokens)
+
+
+def _asked(recipe: Recipe, folder: Path) -> tuple[int, int]:
+    """Of one cell: the questions, and how many are asked in other ways too."""
+    choices, samples = read_task(folder).get("choices"), read_samples(folder, "test")
+    held = [sample for sample in samples if recipe.eval.constrained and constraint_of(sample, choices)]
+    pictured = sum(bool(sample["images"]) for sample in samples)
+    return len(samples), len(held) + 2 * min(recipe.eval.image_probe or 0, pictured)  # other images, and grey ones
+
+
+def judged(recipe: Recipe, prepared: Prepared) -> Judged | None:
+    """Count what a judge is asked; None where the recipe names no model for it."""
+    judge, questions = recipe.eval.judge, 0
+    if not isinstance(judge, JudgeConfig):
+        return None
+    for _, name in needed_cells(recipe.eval.cells, len(recipe.stages), recipe.learned):
+        if reasons(read_task(prepared.folders[name])):
+            there = sum(sample["reasoning"] == "think" for sample in iter_samples(prepared.folders[name], "test"))
+            questions += min(there, judge.samples or there)
+    limit = judge.request.get("max_completion_tokens") or judge.request.get("max_tokens")
+    return Judged(questions, questions * int(limit) if limit else None)
 
 
 def _sft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int, seed: int) -> StageWork:
     """The very batches that training draws, one after the other."""
-    train, args = stage.train, stage.train.sft.args
+    args, batch = stage.train.sft.args, stage.train.batch_size("sft")
     wanted = args.get("per_device_train_batch_size")
-    per_device, _ = split_batch(train.global_batch_size, processes, wanted, replays.per_batch)
+    per_device, accumulated = split_batch(batch, processes, wanted, replays.per_batch)
     drawn = list(replays.drawn.values())
-    sampler = GlobalBatchSampler(replays.has_images, train.global_batch_size, per_device, processes, seed, drawn)
+    sampler = GlobalBatchSampler(replays.has_images, batch, per_device, processes, seed, drawn)
     steps = _steps(sampler.batches, args)
     seen = tokens = 0
     for epoch in range(-(-steps // sampler.batches)):
@@ -136,7 +205,8 @@ def _sft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int,
         for micro_batch, _ in zip(sampler, range(left), strict=False):
             seen += len(micro_batch.samples) if micro_batch.loss else 0
             tokens += sum(lengths[i] for i in micro_batch.samples)
-    return StageWork(replays.own, steps, seen, tokens, max(lengths), per_device, 0, 0)
+    accumulates = max(accumulated, sampler.micro_steps) > 1
+    return StageWork(replays.own, steps, seen, tokens, max(lengths), per_device, accumulates, 0, 0, 0)
 
 
 def _rft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int, seed: int) -> StageWork:
@@ -145,8 +215,8 @@ def _rft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int,
 
     defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
     args = {**defaults, **stage.train.rft.args}
-    batch = stage.train.global_batch_size
-    per_device, _ = split_batch(batch, processes, stage.train.rft.args.get("per_device_train_batch_size"))
+    batch = stage.train.batch_size("rft")
+    per_device, accumulated = split_batch(batch, processes, stage.train.rft.args.get("per_device_train_batch_size"))
     generated = args["generation_batch_size"] or batch  # completions that are generated at once
     prompts = generated // args["num_generations"]
     own = replays.samples[: replays.own]
@@ -154,10 +224,18 @@ def _rft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int,
     per_epoch = batches * generated * args["num_iterations"] // batch
     steps = _steps(per_epoch, stage.train.rft.args)
     generations = -(-steps * batch // args["num_iterations"])
-    mean = sum(lengths[: replays.own]) / replays.own
-    longest, completion = max(lengths), args["max_completion_length"]
-    tokens = round(generations * mean)
-    return StageWork(replays.own, steps, steps * batch, tokens, longest, per_device, generations, completion)
+    return StageWork(
+        samples=replays.own,
+        steps=steps,
+        seen=steps * batch,
+        tokens=round(generations * mean(lengths[: replays.own])),
+        longest=max(lengths),
+        micro_batch=per_device,
+        accumulates=accumulated > 1,
+        generations=generations,
+        at_once=-(-generated // processes),
+        completion=args["max_completion_length"],
+    )
 
 
 def _steps(batches: int, args: dict[str, Any]) -> int:

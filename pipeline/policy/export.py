@@ -1,4 +1,4 @@
-"""A stage's policy as one model: merged in float32 into the untouched base, rounded once, and held against its adapter.
+"""A stage's policy as one model (`mcit.eval.engines.merging`), held against its adapter.
 
 Merging rounds: what a merged model answers is not bit for bit what the adapter beside the base answers. How far apart
 they are is measured on the same prompts, and printed.
@@ -8,18 +8,16 @@ import shutil
 from pathlib import Path
 from typing import TypedDict
 
-from safetensors.torch import load_file, save_file
-
 from mcit.data_prep.errors import InputError
 from mcit.eval.cells import load_cell, resume
 from mcit.eval.engines.base import Policy, read_policy
+from mcit.eval.engines.merging import write_merged
 from mcit.eval.evaluate import choose_probes
-from mcit.eval.hashing import cache_dir, hash_model, model_folder
+from mcit.eval.hashing import cache_dir, hash_model
 from mcit.eval.liveness import log_prob_gap, transformers_scores
+from mcit.eval.lora import load_adapter
 
 from ..recipe.schema import Recipe
-from .adapters import load_adapter
-from .lineage import fold
 
 
 class Exported(TypedDict):
@@ -44,6 +42,9 @@ def export(recipe: Recipe, run_dir: Path, stage: int | None, out: Path) -> Expor
         raise InputError("exists", where=out, field="--out", remedy="Name a new folder")
     policy = read_policy(_stage_folder(recipe, run_dir, stage))
     serving = policy.serving
+    if serving.kind == "extended":
+        problem = f"stage {serving.stage} is modules of a method's own on the base, which no merge holds"
+        raise InputError(problem, where=policy.folder, field="kind", remedy="Publish it: `mcit publish`")
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     exported: Exported = {
@@ -60,7 +61,7 @@ def export(recipe: Recipe, run_dir: Path, stage: int | None, out: Path) -> Expor
         if policy.adapter is None:
             shutil.copytree(policy.model, partial)
         else:
-            _merge(recipe, policy, partial)
+            write_merged(serving, load_adapter(policy.adapter), partial)
         exported["hash"] = hash_model(str(partial))
         if policy.adapter is not None:
             exported |= _compared(recipe, run_dir, policy, partial, exported["hash"])
@@ -78,29 +79,6 @@ def _stage_folder(recipe: Recipe, run_dir: Path, stage: int | None) -> Path:
         problem = "no stage is done" if stage is None else f"stage {stage} is not done"
         raise InputError(problem, where=run_dir, field="--stage", remedy=f"Done: {known}")
     return run_dir / "stages" / chosen[-1].folder
-
-
-def _merge(recipe: Recipe, policy: Policy, folder: Path) -> None:
-    """Write the base with the adapter added to it, in the layout of the base's own files.
-
-    transformers keeps the tensor names that a model was loaded under, but writes a mixture's experts transposed. So
-    what LoRA cannot have changed, all that is no matrix, is copied from the base.
-    """
-    from ..stage.entering import load_model, load_processor  # here: needs trl
-
-    assert policy.adapter is not None
-    unquantised = {"path": policy.serving.base, "revision": policy.serving.revision, "quantization": "none"}
-    base = recipe.base_model.model_copy(update=unquantised)
-    model = load_model(base)
-    fold(model, load_adapter(policy.adapter))
-    model.save_pretrained(folder)
-    load_processor(base).save_pretrained(folder)
-    sources = sorted(model_folder(base.path, base.revision).glob("*.safetensors"))
-    originals = {name: tensor for file in sources for name, tensor in load_file(file).items() if tensor.ndim != 2}
-    for file in folder.glob("*.safetensors"):
-        tensors = load_file(file)
-        kept = {name: originals[name].to(tensors[name].dtype) for name in tensors.keys() & originals.keys()}
-        save_file({**tensors, **kept}, file, metadata={"format": "pt"})
 
 
 def _compared(recipe: Recipe, run_dir: Path, policy: Policy, folder: Path, digest: str) -> "Exported":

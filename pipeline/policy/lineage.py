@@ -1,7 +1,7 @@
 """How the policy is carried on from stage to stage: as LoRA on the untouched base, or as a whole model (`full`)."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.lora import Adapter, Factors, fold, linear_layer, load_adapter
 
-from .adapters import Adapter, Dense, Factors, concat, live_adapter, load_adapter, lora_layers, negate, pattern, rank
+from .adapters import concat, live_adapter, lora_layers, negate, pattern, rank
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -133,12 +134,16 @@ def train_whole(model: "PreTrainedModel", modules: "ModulesConfig") -> "PreTrain
         remedy = "Train a LoRA, or experts of a task's own (method: {moextend: {}})"
         raise InputError("does not train mixtures of experts", where="recipe", field="train.lineage", remedy=remedy)
     model.float().requires_grad_(False)
-    names = [name for name, _ in model.named_parameters()]
-    parts = by_part(model, names)
-    frozen = {name for part in ("projector", "vision") if getattr(modules, part) == "frozen" for name in parts[part]}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+    for _, parameter in whole_parameters(model, modules):
+        parameter.requires_grad_(True)
     return model
+
+
+def whole_parameters(model: "PreTrainedModel", modules: "ModulesConfig") -> list[tuple[str, nn.Parameter]]:
+    """The parameters that lineage `full` trains, by name."""
+    parts = by_part(model, [name for name, _ in model.named_parameters()])
+    frozen = {name for part in ("projector", "vision") if getattr(modules, part) == "frozen" for name in parts[part]}
+    return [(name, parameter) for name, parameter in model.named_parameters() if name not in frozen]
 
 
 def save_whole(model: "PreTrainedModel", processor: Any, dtype: str, loaded: tuple[Any, Any], folder: Path) -> None:
@@ -180,7 +185,7 @@ def stack(model: "PreTrainedModel", past: Adapter) -> None:
     """Put the frozen past beside the weights of `model`, which stay as they are."""
     for name, factors in concat([past]).items():
         parent, _, leaf = name.rpartition(".")
-        linear = _linear(model, name)
+        linear = linear_layer(model, name)
         if linear.weight.is_floating_point():
             setattr(model.get_submodule(parent), leaf, PastLinear(linear, factors.a, factors.b))
         else:
@@ -198,14 +203,6 @@ def _stack_beside(linear: nn.Linear, factors: Factors, dtype: torch.dtype) -> No
         return output + F.linear(F.linear(args[0].to(dtype), past_a), past_b).to(output.dtype)
 
     linear.register_forward_hook(add_past)
-
-
-@torch.no_grad()
-def fold(model: nn.Module, past: Mapping[str, Factors | Dense]) -> None:
-    """Add the past to the weights: in float32 from the untouched base, rounded to the model's dtype once."""
-    for name, factors in past.items():
-        weight = _linear(model, name).weight
-        weight.copy_((weight.float() + factors.delta().to(weight.device)).to(weight.dtype))
 
 
 @contextlib.contextmanager
@@ -253,16 +250,6 @@ def _fill(model: PeftModel, adapter: Adapter, name: str) -> None:
     for module, a, b, scaling in lora_layers(model, name):
         a.copy_(adapter[module].a)
         b.copy_(adapter[module].b * (adapter[module].scaling / scaling))
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        module = None
-    if not isinstance(module, nn.Linear):
-        raise InputError("the entering adapter has a layer that the base model lacks", where=name)
-    return module
 
 
 def _some(names: Iterable[str]) -> str:

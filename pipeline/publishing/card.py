@@ -14,6 +14,7 @@ from .config import PublishConfig
 if TYPE_CHECKING:
     from .files import Revision
 
+_LIBRARIES = {"adapter": "peft", "merged": "transformers"}  # that load a policy; modules of our own they do not
 _TEMPLATES = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     undefined=StrictUndefined,
@@ -27,10 +28,10 @@ def model_card(recipe: Recipe, results: Results, revisions: "list[Revision]", co
     """`README.md` of the model: what it is, the matrix, how to load each stage, how to go on, where it is from."""
     base = revisions[-1].base["model"]
     paradigms = dict.fromkeys(stage.train.paradigm for stage in recipe.stages)
-    merged = [revision for revision in revisions if revision.serving.kind == "merged"]
+    kinds = {kind: [one for one in revisions if one.serving.kind == kind] for kind in ("merged", "extended")}
     data = ModelCardData(
         base_model=base,
-        library_name="transformers" if revisions[-1].serving.kind == "merged" else "peft",
+        library_name=_LIBRARIES.get(revisions[-1].serving.kind),
         pipeline_tag="image-text-to-text",
         license=config.license,
         datasets=sorted(set(config.datasets.values())) or None,
@@ -43,7 +44,9 @@ def model_card(recipe: Recipe, results: Results, revisions: "list[Revision]", co
         results=results,
         revisions=revisions,
         last=revisions[-1],
-        merged=merged,
+        merged=kinds["merged"],
+        extended=kinds["extended"],
+        carried=[one for one in revisions if one.serving.carried],
         base=base,
         repo_id=config.repo_id,
         predictions=f"{config.repo_id}-predictions" if config.predictions else None,

@@ -12,12 +12,13 @@ from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.eval.lora import hash_adapter
 from mcit.eval.results import Results, read_results
 from mcit.eval.serving import Serving, read_serving
 
 from ..recipe.schema import Recipe, Stage
 from ..recipe.text import to_yaml
-from ..run.start import MANIFEST, stages_behind
+from ..run.start import CARRIED, EXTENDED, MANIFEST, stages_behind
 from .card import model_card, predictions_card
 from .config import PublishConfig
 from .private import Content, Private, Tree
@@ -121,15 +122,15 @@ def _revision(
         "dtype": serving.dtype,
         "processor": serving.processor,
     }
-    if serving.kind == "extended":
-        remedy = "PEFT and vLLM load LoRA and whole models; publish a run of another method"
-        raise InputError("is modules of a method's own on the base", where=folder, field="kind", remedy=remedy)
     tree: dict[str, Content] = {}
     assert serving.path is not None
-    for file in _files_in(folder / serving.path, run_dir):
-        tree[file.name] = _model_json(file, base) if file.suffix == ".json" else file
-    if (folder / "method").exists():
-        tree |= {f"method/{file.name}": file for file in _files_in(folder / "method", run_dir)}
+    # A LoRA and a whole model lie where their libraries look for them.
+    places = {EXTENDED if serving.kind == "extended" else "": serving.path, "method": "method"}
+    if serving.carried:
+        places[CARRIED] = serving.carried
+    for place, name in places.items():
+        for file in _files_in(folder / name, run_dir) if (folder / name).exists() else []:
+            tree[f"{place}/{file.name}".lstrip("/")] = _model_json(file, base) if file.suffix == ".json" else file
     state = sorted(name for name in tree if name.startswith("method/"))
     learned = {task: first for task, first in recipe.learned.items() if first <= stage.k}
     tree[MANIFEST] = _json(
@@ -144,6 +145,7 @@ def _revision(
             "kind": serving.kind,
             "rank": serving.rank,
             "hash": serving.hash,
+            **({"carried": hash_adapter(folder / serving.carried)} if serving.carried else {}),
             "base": base,
             "lineage": stage.train.lineage,
             "paradigm": stage.train.paradigm,

@@ -13,8 +13,9 @@ from peft import PeftModel
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.schema import Sample
 from mcit.eval.engines import Policy
+from mcit.eval.lora import Factors, hash_adapter
 
-from ..policy.adapters import Factors, hash_adapter, rank, save_adapter
+from ..policy.adapters import rank, save_adapter
 from ..policy.lineage import load_past, policy
 from ..stage.entering import Entered
 

@@ -1,20 +1,22 @@
 """How much disk a stage needs, and whether there is as much, before anything is trained."""
 
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.errors import InputError
+from mcit.data_prep.files import read_json
+from mcit.eval.serving import read_serving
 
+from ..methods.outlook import FLOAT, Outlook, look_through
 from ..stage.checkpoints import KEPT
 
 if TYPE_CHECKING:
     from ..methods import Method
-    from ..recipe.schema import Recipe, Stage
+    from ..recipe.schema import Recipe
 
-Shapes = Mapping[str, tuple[int, int]]  # of the layers with LoRA: [out, in], by name
 # Of a parameter in training, in a checkpoint: it, its float32 copy and Adam's two moments. Other optimizers need less.
 _CHECKPOINT_BYTES = 16
 
@@ -30,33 +32,38 @@ class Needs:
         return f"{size(self.kept)} to keep, {size(self.work)} for checkpoints"
 
 
-def stage_needs(stage: "Stage", model: Any, shapes: Shapes, entering_rank: int, methods: Iterable["Method"]) -> Needs:
-    """The needs of a stage that puts LoRA on layers of these `shapes`, trains all weights, or has a method carry them.
+def stage_needs(outlook: Outlook, methods: Iterable["Method"]) -> Needs:
+    """The needs of a stage that trains a LoRA, all weights, or what a method has in their place.
 
-    Of `model`, the base, only shapes are looked at. Adapters are written in float32, the policy with all its ranks
-    (`pipeline/policy/adapters.py`).
+    Adapters are written in float32, the policy with all its ranks (`pipeline/policy/adapters.py`).
     """
-    methods = list(methods)
-    state = sum(method.disk(model, shapes, stage) for method in methods)
-    if any(method.carries for method in methods):
-        parameters = list(model.parameters())
-        base = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        stages = stage.k if stage.train.lineage == "stack" else 1
-        trained = state // stages // parameters[0].element_size()
-        return Needs(base + 2 * state, (KEPT + 1) * _CHECKPOINT_BYTES * trained)
-    if stage.train.lineage == "full":
-        parameters = list(model.parameters())
-        base = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        return Needs(base + state, (KEPT + 1) * _CHECKPOINT_BYTES * sum(parameter.numel() for parameter in parameters))
-    width, r = sum(rows + columns for rows, columns in shapes.values()), stage.train.lora.r
-    ranks = {"independent": 2 * r, "continue": r + 2 * r}.get(stage.train.lineage, entering_rank + 2 * r)
-    return Needs(4 * width * ranks + state, (KEPT + 1) * _CHECKPOINT_BYTES * width * r)
+    methods, train = list(methods), outlook.stage.train
+    kept = sum(method.disk(outlook) for method in methods)
+    if train.lineage == "full":
+        kept += outlook.base_bytes
+    elif not any(method.carries for method in methods):
+        # What a LoRA that trains on has added is a difference, of twice its rank.
+        increment = train.lora.r * (2 if outlook.resumes else 1)
+        kept += FLOAT * outlook.width * (outlook.rank + increment)
+    return Needs(kept, (KEPT + 1) * _CHECKPOINT_BYTES * trained_parameters(outlook, methods))
 
 
-def check_run(folder: Path, recipe: "Recipe", config: Any, done: Collection[int]) -> None:
+def trained_parameters(outlook: Outlook, methods: Iterable["Method"]) -> int:
+    """How many parameters a stage trains: those of its LoRA, the model's own, or what methods say."""
+    if outlook.stage.train.lineage == "full":
+        from ..policy.lineage import whole_parameters  # here: needs torch
+
+        return sum(weight.numel() for _, weight in whole_parameters(outlook.model, outlook.stage.train.modules))
+    said = (method.trains(outlook) for method in methods)
+    return min((count for count in said if count is not None), default=outlook.lora)
+
+
+def check_run(
+    folder: Path, recipe: "Recipe", config: Any, done: Collection[int], entering_rank: int = 0, behind: int = 0
+) -> None:
     """Refuse a run whose stages, but for those that are `done`, the disk does not hold. Raises `InputError`.
 
-    `config` is the base model's.
+    `config` is the base model's; the run begins with a LoRA of `entering_rank`, `behind` stages after the base.
     """
     import torch  # here: takes seconds
     from transformers import AutoModelForImageTextToText
@@ -66,27 +73,22 @@ def check_run(folder: Path, recipe: "Recipe", config: Any, done: Collection[int]
         model = AutoModelForImageTextToText.from_config(
             config, dtype=getattr(torch, base.dtype), trust_remote_code=base.trust_remote_code
         )
-    check_disk(folder, run_needs(recipe, model, done), "the run")
+    outlooks = [one for one in look_through(recipe, model, entering_rank, behind) if one.stage.k not in done]
+    check_disk(folder, run_needs(recipe, outlooks), "the run")
 
 
-def run_needs(recipe: "Recipe", model: Any, done: Collection[int] = ()) -> Needs:
-    """The needs of all stages that are not `done`; of `model`, the base, only shapes are looked at."""
+def run_needs(recipe: "Recipe", outlooks: Iterable[Outlook]) -> Needs:
+    """The needs of stages of a recipe, one after the other."""
     from ..methods import build_methods
-    from ..policy.lineage import target_names  # here: needs torch
 
-    needs, rank = list[Needs](), 0
-    for stage in recipe.stages:
-        if stage.k not in done:
-            shapes = lora_shapes(model, target_names(model, stage.train.modules))
-            needs.append(stage_needs(stage, model, shapes, rank, build_methods(recipe.method, stage.train)))
-        rank = stage.train.lora.r + (rank if stage.train.lineage in ("stack", "fold") else 0)
+    needs = [stage_needs(one, build_methods(recipe.method, one.stage.train)) for one in outlooks]
     return Needs(sum(one.kept for one in needs), max((one.work for one in needs), default=0))
 
 
-def lora_shapes(model: Any, names: Iterable[str]) -> Shapes:
-    """The shapes of linear layers, [out, in]."""
-    layers = ((name, model.get_submodule(name)) for name in names)
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers}
+def handed_rank(stage_dir: Path) -> int:
+    """The rank of the LoRA that a stage hands on to the next one; 0 where it hands on none."""
+    serving = read_serving(stage_dir)
+    return int(read_json(stage_dir / serving.handed / "adapter_config.json")["r"]) if serving.handed else 0
 
 
 def check_disk(folder: Path, needs: Needs, what: str) -> None:

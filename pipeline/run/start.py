@@ -18,6 +18,8 @@ from mcit.eval.hashing import hash_model
 from mcit.eval.serving import Serving, read_serving
 
 MANIFEST = "mcit.json"  # of a published stage
+EXTENDED, CARRIED = "extended", "carried"  # folders of one, beside `method`: see `mcit.eval.serving`
+_PLACES = ("adapter", "merged", EXTENDED, CARRIED, "method")  # what lies in stages/00-base
 _RECORD = "start.json"  # in stages/00-base: where the run went on from
 _POLICY_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # never a pickle
 
@@ -38,9 +40,10 @@ class Manifest(BaseModel):
     schema_version: Literal[1]
     stage: int = Field(gt=0)
     behind: int = Field(ge=0)  # stages before the run's own first
-    kind: Literal["adapter", "merged"]
+    kind: Literal["adapter", "merged", "extended"]
     rank: int | None
     hash: str
+    carried: str | None = None  # hash of the adapter in `carried/`, where the stream goes on from it
     base: Base
     state: list[str]
 
@@ -50,17 +53,26 @@ class Start:
     """A policy to go on from, with the state of its methods."""
 
     place: str
-    policy: list[Path]  # files of one folder
+    policy: list[Path]  # files of one folder, as are `carried` and `state`
+    carried: list[Path]  # of an adapter that is gone on from in the policy's place; none: the policy is
     state: list[Path]
-    kind: Literal["adapter", "merged"]
+    kind: Literal["adapter", "merged", "extended"]
     rank: int | None
     hash: str
+    carried_hash: str | None
     base: Base
     stages: int  # trained so far, from the untouched base on
 
+    @property
+    def entering_rank(self) -> int:
+        """Of the LoRA that the first stage enters with; 0 where it is none."""
+        config = next((file for file in self.carried or self.policy if file.name == "adapter_config.json"), None)
+        return int(read_json(config)["r"]) if config else 0
+
     def identity(self) -> dict[str, Any]:
         """What a stage that enters with it depends on."""
-        return {"hash": self.hash, "state": state_hash(self.state), "stages": self.stages}
+        known = {"hash": self.hash, "state": state_hash(self.state), "stages": self.stages}
+        return known | ({"carried": self.carried_hash} if self.carried_hash else {})
 
 
 def pin_start(place: str, before: str | None) -> str:
@@ -82,7 +94,8 @@ def find_start(place: str) -> Start:
     Raises `InputError`.
     """
     if is_hub(place):
-        return _published(place, _download(place, [MANIFEST, *_POLICY_FILES, "method/*.safetensors"]))
+        below = [f"{name}/{pattern}" for name in (EXTENDED, CARRIED, "method") for pattern in _POLICY_FILES]
+        return _published(place, _download(place, [MANIFEST, *_POLICY_FILES, *below]))
     folder = Path(place)
     if (folder / MANIFEST).is_file():
         return _published(place, folder)
@@ -96,14 +109,39 @@ def find_start(place: str) -> Start:
     if serving.kind == "base":
         remedy = "Leave start_from out: a run begins with the base"
         raise InputError("is the untouched base", where=place, field="start_from", remedy=remedy)
-    if serving.kind == "extended" or serving.carried:
-        problem = "is more than the policy that is evaluated: its method goes on from something else"
-        raise InputError(problem, where=place, field="start_from", remedy="Extend that run's own stream")
     assert serving.path is not None
     base = Base(model=serving.base, revision=serving.revision, hash=serving.base_hash)
     stages = stages_behind(folder.parent / "00-base") + serving.stage
-    policy, state = _files(folder / serving.path), _files(folder / "method")
-    return Start(place, policy, state, serving.kind, serving.rank, serving.hash, base, stages)
+    carried = folder / serving.carried if serving.carried else None
+    return Start(
+        place=place,
+        policy=_files(folder / serving.path),
+        carried=_files(carried) if carried else [],
+        state=_files(folder / "method"),
+        kind=serving.kind,
+        rank=serving.rank,
+        hash=serving.hash,
+        carried_hash=_hash(carried, "adapter") if carried else None,
+        base=base,
+        stages=stages,
+    )
+
+
+def check_start(start: Start, lineage: str, carrier: str | None) -> None:
+    """Refuse a start that the first stage, of this `lineage`, would not enter with.
+
+    `carrier` is the method that carries the policy in the place of a LoRA: it goes on from its own state. Raises
+    `InputError`.
+    """
+    if carrier is not None:
+        if carrier not in {file.stem for file in start.state}:
+            problem = f"has no state of {carrier}, which goes on from nothing else"
+            raise InputError(problem, where=start.place, field="start_from", remedy="Set method as that run has it")
+    elif not start.carried and start.kind != "adapter" and (start.kind, lineage) != ("merged", "full"):
+        what = {"merged": "a merged model", "extended": "modules of a method's own on the base"}[start.kind]
+        remedy = "Set method as that run has it" + (", or train.lineage: full" if start.kind == "merged" else "")
+        problem = f"is {what}, and the first stage trains a LoRA"
+        raise InputError(problem, where=start.place, field="start_from", remedy=remedy)
 
 
 def place_start(start: Start, base: Serving, folder: Path) -> Serving:
@@ -117,19 +155,19 @@ def place_start(start: Start, base: Serving, folder: Path) -> Serving:
         problem = f"was trained on another base model: {other}, and base_model is {base.base} ({base.base_hash[:12]})"
         remedy = "Set base_model to the files that it was trained on"
         raise InputError(problem, where=start.place, field="start_from", remedy=remedy)
-    path = "adapter" if start.kind == "adapter" else "merged"
-    for name in ("adapter", "merged", "method"):
+    for name in _PLACES:
         shutil.rmtree(folder / name, ignore_errors=True)
-    for name, files in ((path, start.policy), ("method", start.state)):
+    for name, files in ((start.kind, start.policy), (CARRIED, start.carried), ("method", start.state)):
         for file in files:
             (folder / name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / name / file.name)
-    if _hash(folder / path, start.kind) != start.hash:
+    carried = _hash(folder / CARRIED, "adapter") if start.carried else None
+    if (_hash(folder / start.kind, start.kind), carried) != (start.hash, start.carried_hash):
         remedy = "The files are incomplete, or were changed: publish or copy them again"
         raise InputError("holds another policy than it says", where=start.place, field="start_from", remedy=remedy)
     write_json(folder / _RECORD, {"start_from": start.place, **start.identity()})
-    update = {"name": "start", "kind": start.kind, "path": path, "rank": start.rank, "hash": start.hash}
-    return base.model_copy(update=update)
+    update = {"name": "start", "kind": start.kind, "path": start.kind, "rank": start.rank, "hash": start.hash}
+    return base.model_copy(update={**update, "carried": CARRIED if carried else None})
 
 
 def start_inputs(place: str, folder: Path) -> dict[str, Any]:
@@ -150,7 +188,7 @@ def stages_behind(folder: Path) -> int:
 def forget_start(folder: Path) -> None:
     """Make `stages/00-base` the place of the untouched base again."""
     (folder / _RECORD).unlink(missing_ok=True)
-    for name in ("adapter", "merged", "method"):
+    for name in _PLACES:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
@@ -160,9 +198,9 @@ def state_hash(files: list[Path]) -> str | None:
 
 
 def _hash(folder: Path, kind: str) -> str:
-    if kind == "merged":
+    if kind != "adapter":
         return hash_model(str(folder))
-    from ..policy.adapters import hash_adapter, load_adapter  # here: needs torch
+    from mcit.eval.lora import hash_adapter, load_adapter  # here: needs torch
 
     load_adapter(folder)  # refuses anything but plain factors of linear layers
     return hash_adapter(folder)
@@ -178,17 +216,29 @@ def _published(place: str, folder: Path) -> Start:
     for file in state:
         if file.parent.resolve() != (folder / "method").resolve() or file.suffix != ".safetensors":
             raise InputError("is no state of a method", where=f"{place}: {MANIFEST}", field="state")
-    # Beside a policy lie results and cards, which are no part of it.
-    others = {MANIFEST, "results.json"}
     names = ("adapter_config.json", "adapter_model.safetensors")
-    policy = [file for file in _files(folder) if file.name not in others]
     if manifest.kind == "adapter":
         policy = [folder / name for name in names]
-    for file in (*policy, *state):
+    elif manifest.kind == "extended":
+        policy = _files(folder / EXTENDED)
+    else:  # beside a whole model lie results and cards, which are no part of it
+        policy = [file for file in _files(folder) if file.name not in (MANIFEST, "results.json")]
+    carried = [folder / CARRIED / name for name in names] if manifest.carried else []
+    for file in (*policy, *carried, *state):
         if not file.is_file():
             raise InputError("is missing", where=f"{place}: {file.name}", field="start_from")
-    stages = manifest.behind + manifest.stage
-    return Start(place, policy, state, manifest.kind, manifest.rank, manifest.hash, manifest.base, stages)
+    return Start(
+        place=place,
+        policy=policy,
+        carried=carried,
+        state=state,
+        kind=manifest.kind,
+        rank=manifest.rank,
+        hash=manifest.hash,
+        carried_hash=manifest.carried,
+        base=manifest.base,
+        stages=manifest.behind + manifest.stage,
+    )
 
 
 def _files(folder: Path) -> list[Path]:

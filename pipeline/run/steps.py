@@ -32,11 +32,11 @@ from ..recipe.loading import write_recipe
 from ..recipe.schema import Phase, Recipe, Stage
 from ..stage.workplace import work_folder
 from .child import run_child
-from .disk import check_run
+from .disk import check_run, handed_rank
 from .forks import SCRIPT, fork_server
 from .inputs import effective_recipe, entering_hashes, hashes_of_test_sets, stage_inputs
 from .locks import locked
-from .start import find_start, forget_start, place_start, start_inputs, state_hash
+from .start import check_start, find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
 # What an evaluation imports when it needs it.
@@ -158,7 +158,12 @@ class Run:
                 stage=0, name="base", kind="base", base=model.path, base_hash=digest, hash=digest, **settings
             )
             if start:
-                row0 = place_start(find_start(start), row0, folder)
+                from ..methods import build_methods  # here: needs torch
+
+                found, train = find_start(start), self.recipe.stages[0].train
+                carriers = (method.name for method in build_methods(self.recipe.method, train) if method.carries)
+                check_start(found, train.lineage, next(carriers, None))
+                row0 = place_start(found, row0, folder)
             else:
                 forget_start(folder)
             write_serving(folder, row0)
@@ -208,7 +213,8 @@ class Run:
                 row0.base, revision=row0.revision, trust_remote_code=row0.trust_remote_code
             )
             done = [stage.k for stage in recipe.stages if (self.stage_dir(stage.k) / "serving.json").exists()]
-            check_run(self.dir, recipe, config, done)
+            entered = self.stage_dir(0)
+            check_run(self.dir, recipe, config, done, handed_rank(entered), stages_behind(entered))
             context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
             longest, notes = {}, []
             for task, step in pairs:

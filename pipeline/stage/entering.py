@@ -16,15 +16,16 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.prepare import image_path, read_samples, read_task
 from mcit.data_prep.readers import Part
 from mcit.data_prep.schema import PreparedTask, Sample
+from mcit.eval.lora import fold, load_adapter
 from mcit.eval.serving import Serving, read_serving
 
 from ..methods import Method, build_methods
-from ..policy.adapters import load_adapter
-from ..policy.lineage import enter, fold, freeze, load_past, resume, target_names
+from ..methods.outlook import look_ahead
+from ..policy.lineage import enter, freeze, load_past, resume
 from ..policy.quantization import keep_trainable, quantised_options
 from ..recipe.schedule import past_of, trained_in
 from ..recipe.schema import ModelConfig, Phase, Recipe, Stage
-from ..run.disk import check_disk, lora_shapes, stage_needs
+from ..run.disk import check_disk, handed_rank, stage_needs
 from ..run.start import stages_behind
 from ..training.arguments import deepspeed
 from ..training.collator import Collator
@@ -113,11 +114,10 @@ def find_before(folder: Path, half: Path | None, stage: Stage, methods: Sequence
         what = {"merged": "a merged model", "extended": "an extended model"}[serving.kind]
         problem = f"is {what}, and a stage starts from the base or an adapter on it"
         raise InputError(problem, where=folder / "serving.json")
-    entering = serving.carried or (serving.path if serving.kind == "adapter" else None)
     weights = folder / str(serving.path) if whole and serving.kind == "merged" else None
     if whole and half:
         weights = half / "merged"
-    return Before(folder, serving, folder / entering if entering else None, weights, half)
+    return Before(folder, serving, folder / serving.handed if serving.handed else None, weights, half)
 
 
 def enter_stage(
@@ -136,16 +136,16 @@ def enter_stage(
     replays = Replays(samples, {method.name: wanted for method in methods if (wanted := method.replay(general))})
 
     # Not the recipe's seed itself: every stage would start from the same LoRA factors and the same order.
-    seed = (recipe.seed * 1_000_003 + stages_behind(run_dir / "stages" / "00-base") + stage.k) % 2**31
+    behind = stages_behind(run_dir / "stages" / "00-base")
+    seed = (recipe.seed * 1_000_003 + behind + stage.k) % 2**31
     set_seed(seed)
     model, processor = load_model(recipe.base_model, before.weights), load_processor(recipe.base_model)
     loaded = copy.deepcopy((model.config, model.generation_config))
     if not torch.cuda.is_available() and model.num_parameters() < _TINY:
         torch.set_num_threads(1)
     if is_first_process():
-        shapes = lora_shapes(model, target_names(model, stage.train.modules))
-        needs = stage_needs(stage, model, shapes, before.serving.rank or 0, methods)
-        check_disk(run_dir, needs, f"stage {stage.k}")
+        outlook = look_ahead(stage, model, handed_rank(folder), behind + stage.k - 1)
+        check_disk(run_dir, stage_needs(outlook, methods), f"stage {stage.k}")
     context = model.config.get_text_config().max_position_embeddings
     max_length = min(stage.train.max_length or context, context)
     if carrier:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from mcit.eval.engines.merging import write_merged
+from mcit.eval.engines.vllm import MAX_RANK
 from mcit.eval.hashing import hash_model
+from mcit.eval.lora import Adapter, Factors, hash_adapter
 
-from ..policy.adapters import Adapter, Factors, concat, hash_adapter, live_adapter, rank, save_adapter
-from ..policy.lineage import fold, leave, save_whole
+from ..policy.adapters import concat, live_adapter, rank, save_adapter
+from ..policy.lineage import leave, save_whole
 
 if TYPE_CHECKING:
     from .entering import Entered
-
-MAX_RANK = 512  # the largest that vLLM serves
 
 States = Mapping[str, dict[str, torch.Tensor]]  # by method
 Save = Callable[[States, Path], dict[str, Any]]  # writes into a folder; returns what its `serving.json` says of it
@@ -84,12 +85,7 @@ def _save_adapters(policy: Adapter, delta: Adapter, entered: "Entered", states: 
         thin = concat([{name: c if isinstance(c, Factors) else c.factors() for name, c in served.items()}])
         save_adapter(folder / "adapter", thin, before.base, before.revision)
         return _as_adapter(folder, thin) | {"carried": "carried"}
-    from .entering import load_model, load_processor  # here: they come to what a stage leaves
-
-    model = load_model(entered.recipe.base_model)
-    fold(model, served)
-    for part in (model, load_processor(entered.recipe.base_model)):
-        part.save_pretrained(folder / "merged")
+    write_merged(before, served, folder / "merged")
     return _as_model(folder, "merged") | {"carried": "carried"}
 
 

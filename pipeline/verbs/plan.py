@@ -60,22 +60,27 @@ def plan(
 def _show(found: "Plan", terminal: "Terminal") -> None:
     rows = [
         (
-            f"{row['stage']} {row['name']}",
+            f"{row['stage']} {row['name']} ({row['paradigm']})",
             row["samples"],
             row["steps"],
             row["tokens"],
             row["generations"] or None,
             f"{row['memory_total'] / _GIB:.2f}",
+            f"{row['host_memory'] / _GIB:.1f}",
             _time(row["seconds"]),
         )
         for row in found["stages"]
     ]
-    columns = ("stage", "samples", "steps", "tokens", "generations", "GiB a process", "time")
+    columns = ("stage", "samples", "steps", "tokens", "generations", "GiB a process", "main memory", "time")
     terminal.table(f"{found['name']}: training", columns, rows)
     terminal.say(
-        f"evaluation: {found['answers']} answers of {found['answer_tokens']} tokens at most, vLLM in "
-        f"{found['engine_memory_total'] / _GIB:.2f} GiB at the least; {_time(found['answer_seconds'])}"
+        f"evaluation: {found['answers']} answers, up to {found['answers_again']} more in other ways, of "
+        f"{found['answer_tokens']} tokens in all at most, vLLM in {found['engine_memory_total'] / _GIB:.2f} GiB at the "
+        f"least; {_time(found['answer_seconds'])}"
     )
+    if found["judged"]:
+        limit = f"of {found['judged_tokens']} tokens in all" if found["judged_tokens"] else "of any length"
+        terminal.say(f"judging: {found['judged']} questions at most, replies {limit}")
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.3f} GB" for name, size in found["disk"].items())
     terminal.say(f"disk: {parts}")
     terminal.say(f"time in all: {_time(found['seconds'])}", "bold")

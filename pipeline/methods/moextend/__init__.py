@@ -7,7 +7,6 @@ from the paper.
 
 import copy
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,8 +19,9 @@ from transformers import TrainerCallback
 from mcit.data_prep import schema
 
 from ..base import Method, Past
+from ..outlook import Outlook, Passes
 from .experts import Added, append, copies, count, extend, merge, nudged, trained
-from .models import blocks_of, expert_bytes, save
+from .models import blocks_of, expert_bytes, is_upcycled, save
 from .usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
 
 if TYPE_CHECKING:
@@ -99,9 +99,41 @@ class MoExtend(Method):
     def callbacks(self) -> list[TrainerCallback]:
         return [_SameEverywhere(self.sources)] if self.carries else []
 
-    def disk(self, model: "PreTrainedModel", shapes: Mapping[str, tuple[int, int]], stage: "Stage") -> int:
-        stages = stage.k if stage.train.lineage == "stack" else 1
-        return stages * self.config.experts * expert_bytes(model, self.config.layers) if self.carries else 0
+    def trains(self, outlook: Outlook) -> int | None:
+        return self._added(outlook)[1] // outlook.model.dtype.itemsize if self.carries else None
+
+    def disk(self, outlook: Outlook) -> int:
+        """A model with the experts of all stages in every layer, and those that were trained once more."""
+        return outlook.base_bytes + self._stages(outlook) * sum(self._added(outlook)) if self.carries else 0
+
+    def memory(self, outlook: Outlook) -> float:
+        """The experts of earlier stages."""
+        return (self._stages(outlook) - 1) * self._added(outlook)[0]
+
+    def passes(self, outlook: Outlook) -> Passes:
+        """Over the samples by which a mixture's usage is measured; the experts of a dense model are all alike."""
+        if not self.carries or is_upcycled(outlook.model):
+            return Passes()
+        seen = min(SAMPLES, outlook.samples) * outlook.length
+        tuned = self.config.router_steps * AT_ONCE * outlook.length if isinstance(self.config.layers, float) else 0
+        return Passes(forward=seen, gradients=tuned)
+
+    def _stages(self, outlook: Outlook) -> int:
+        """Those whose experts the policy has."""
+        return outlook.stages if outlook.stage.train.lineage == "stack" else 1
+
+    def _added(self, outlook: Outlook) -> tuple[int, int]:
+        """Bytes of one stage's experts: in all layers, and in those where they are trained."""
+        if not self.carries:
+            return 0, 0
+        layers = self.config.layers
+        sizes = expert_bytes(outlook.model, layers)
+        everywhere = sum(sizes.values())
+        if isinstance(layers, float):
+            trained = round(layers * everywhere)
+        else:
+            trained = everywhere if layers == "all" else sum(sizes[layer] for layer in layers if layer in sizes)
+        return self.config.experts * everywhere, self.config.experts * trained
 
     def finish(self, model: Any, samples: list[schema.Sample]) -> dict[str, Tensor]:
         """What is kept of a stage: its trained experts, and of the others which ones they are copies of."""
@@ -110,8 +142,9 @@ class MoExtend(Method):
         if changed := [name for name, checksum in _checksums(model).items() if self.frozen[name] != checksum]:
             raise RuntimeError(f"{len(changed)} frozen weights were changed by training, the first: {changed[0]}")
         state = dict(self.state)
+        number = max((int(key.partition(".")[0]) for key in state), default=0) + 1  # a run may go on from another's
         for layer, block in self.blocks.items():
-            prefix, added = f"{self.stage.k:03d}.{layer:03d}", trained(block)
+            prefix, added = f"{number:03d}.{layer:03d}", trained(block)
             if added is None:
                 state[f"{prefix}.sources"] = torch.tensor(self.sources[layer])
             else:

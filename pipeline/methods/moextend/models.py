@@ -53,19 +53,19 @@ def is_upcycled(model: "PreTrainedModel") -> bool:
     return bool(model.config.model_type == UPCYCLED)
 
 
-def expert_bytes(model: "PreTrainedModel", layers: Any) -> int:
-    """What one more expert in each of `layers` takes with its router row; of `model`, only shapes are looked at."""
+def expert_bytes(model: "PreTrainedModel", layers: Any) -> dict[int, int]:
+    """What one more expert takes with its router row, by layer that gets one; of `model`, only shapes are looked at."""
     decoder: Any = model.get_decoder()
-    total = 0
+    found: dict[int, int] = {}
     for layer in _dense_layers(decoder, layers) if is_upcycled(model) else range(len(decoder.layers)):
         mlp = decoder.layers[layer].mlp
         experts = getattr(mlp, "experts", None)
         if experts is None and not is_upcycled(model):
             continue  # a dense layer of a mixture
         parameters = [parameter[:1] for parameter in experts.parameters()] if experts is not None else mlp.parameters()
-        total += sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        total += decoder.config.hidden_size * next(mlp.parameters()).element_size()
-    return total
+        row = decoder.config.hidden_size * next(mlp.parameters()).element_size()
+        found[layer] = row + sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return found
 
 
 def save(model: "PreTrainedModel", processor: Any, blocks: dict[int, Any], folder: Path) -> None:
