@@ -121,6 +121,7 @@ def training_memory(training: Training) -> Memory:
         exchange = b * (_BUCKET + (min(shapes.parameters, _WHOLE) if one.mode == "zero3" else 0))
     in_batch = one.samples * one.tokens * b
     dropped = one.width / shapes.layers if one.dropout else 0
+    kept: float
     if one.checkpointing:
         kept = in_batch * shapes.layers * shapes.hidden
         activations = kept + in_batch * (2.25 * shapes.per_layer + 1.3 * dropped)

@@ -1,7 +1,7 @@
 """A prompt and its answers in one row: they stay together where TRL shuffles, and are packed for log-probabilities."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,11 +32,11 @@ def kept_together(size: int) -> Iterator[None]:
     """Inside, TRL's shuffle of a generation batch moves whole groups of `size` rows, and draws what it always draws."""
     shuffle = grpo_trainer.shuffle_sequence_dict
 
-    def by_group(batch: Mapping[str, Any]) -> dict[str, Any]:
-        rows = len(next(value for value in batch.values() if value is not None))
+    def by_group(seq_dict: dict[str, Any]) -> dict[str, Any]:
+        rows = len(next(value for value in seq_dict.values() if value is not None))
         groups = list(dict.fromkeys((torch.randperm(rows) // size).tolist()))
         order = [row for group in groups for row in range(group * size, (group + 1) * size)]
-        return {key: _in_order(value, order) for key, value in batch.items()}
+        return {key: _in_order(value, order) for key, value in seq_dict.items()}
 
     grpo_trainer.shuffle_sequence_dict = by_group
     try:

@@ -71,12 +71,14 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
         return self._step % (args.steps_per_generation * self.num_iterations) == 0
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        with kept_together(self.num_generations) if self.packed else contextlib.nullcontext():
+        group: Any = self.num_generations
+        with kept_together(group) if self.packed else contextlib.nullcontext():
             return super()._prepare_inputs(generation_batch)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.packed:
-            model = packed_groups(model, self.num_generations, self.packed)
+            group: Any = self.num_generations
+            model = packed_groups(model, group, self.packed)
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:

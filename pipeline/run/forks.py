@@ -68,7 +68,7 @@ class ForkServer:
         with tempfile.TemporaryFile() as log, end:
             with deaf_children(*SIGNALS):
                 self._process = subprocess.Popen(
-                    command, env=env, stdin=end, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    command, env=env, stdin=end.fileno(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
                 )
             end.close()
             if self._socket.recv(_MOST) != _READY:
