@@ -40,11 +40,11 @@ def train_together(
     while left and not any(process.exitcode for process in started):
         wait([process.sentinel for process in left])
         left = [process for process in left if process.is_alive()]
+    failed = [log for process, log in zip(started, logs, strict=True) if process.exitcode]
     for process in left:
         process.join(PATIENCE)
         process.kill()
-    for process, log in zip(started, logs, strict=True):
-        assert not process.exitcode, log.read_text(errors="replace")[-4000:]
+    assert not failed, failed[0].read_text(errors="replace")[-4000:]
 
 
 @cache
