@@ -39,8 +39,12 @@ from .locks import locked
 from .start import check_start, find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
-# What an evaluation imports when it needs it.
-ENGINES = ("mcit.eval.engines.vllm", "vllm", "mcit.eval.engines.transformers", "mcit.eval.liveness")
+# What stages and evaluation import once they are at work, as far as it takes time; what is not installed is passed over.
+_LOADING = ("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto")
+_LOADING += ("transformers.tokenization_mistral_common", "peft")
+TRAINERS = ("deepspeed", *_LOADING)
+ENGINES = ("mcit.eval.engines.vllm", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "mcit.eval.cells")
+ENGINES += ("mcit.eval.engines.transformers", "mcit.eval.liveness", *_LOADING)
 
 
 class Run:
@@ -270,7 +274,7 @@ class Run:
         settled = self.dir / "steps" / f"{name}.yaml"  # RUN/recipe.yaml may be another's by now
         write_recipe(self.recipe, settled)
         options = ["--recipe", str(settled), "--stage", str(stage.k), "--run-dir", str(self.dir)]
-        command, modules = [str(script), *options], (f"mcit.pipeline.{phase}",)
+        command, modules = [str(script), *options], (f"mcit.pipeline.{phase}", *TRAINERS)
         self._child(name, self.launch.command(), command, modules, show, *locks, launcher=True)
 
     def rows(self) -> list[int]:
@@ -453,6 +457,8 @@ class Run:
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
         usual = {"HF_HUB_DISABLE_TELEMETRY": "1", "OMP_WAIT_POLICY": "PASSIVE"}
         usual |= {"MALLOC_MMAP_THRESHOLD_": str(2**28), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+        if self.launch.forks:
+            usual["DS_ACCELERATOR"] = "cpu"  # DeepSpeed asks when it is imported; a stage sets it too late for that
         env, log = usual | os.environ | {"TOKENIZERS_PARALLELISM": "false"}, self.dir / "logs" / f"{name}.log"
         if self.launch.forks:
             start = fork_server([*python, str(SCRIPT), *modules], env).start
