@@ -39,12 +39,23 @@ from .locks import locked
 from .start import check_start, find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Launch, Show, Step
 
-# What stages and evaluation import once they are at work, as far as it takes time; what is not installed is passed over.
-_LOADING = ("transformers.models.auto.modeling_auto", "transformers.models.auto.processing_auto")
-_LOADING += ("transformers.tokenization_mistral_common", "peft")
+# What stages and evaluation import at work, as far as it takes time; what is not installed is passed over.
+_LOADING = (
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.processing_auto",
+    "transformers.tokenization_mistral_common",
+    "peft",
+)
 TRAINERS = ("deepspeed", *_LOADING)
-ENGINES = ("mcit.eval.engines.vllm", "vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "mcit.eval.cells")
-ENGINES += ("mcit.eval.engines.transformers", "mcit.eval.liveness", *_LOADING)
+ENGINES = (
+    "mcit.eval.engines.vllm",
+    "vllm.entrypoints.llm",
+    "vllm.v1.worker.cpu_worker",
+    "mcit.eval.cells",
+    "mcit.eval.engines.transformers",
+    "mcit.eval.liveness",
+    *_LOADING,
+)
 
 
 class Run:
