@@ -25,8 +25,8 @@ from transformers import AutoModelForImageTextToText
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from published import published
 
-from mcit.pipeline.methods.outlook import look_ahead
 from mcit.pipeline.planning.memory import Training, measure, training_memory
+from mcit.pipeline.planning.outlook import look_ahead
 from mcit.pipeline.policy.lineage import enter
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.training.replay import backbone

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 import mcit.pipeline.sft as sft
 from mcit.data_prep.errors import InputError
 from mcit.pipeline.methods import build_methods
-from mcit.pipeline.methods.outlook import look_ahead, look_through
+from mcit.pipeline.planning.outlook import look_ahead, look_through
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.run.disk import Needs, check_run, run_needs, size, stage_needs

@@ -9,8 +9,8 @@ from published import published
 from transformers import AutoModelForImageTextToText
 
 from mcit.data_prep.files import read_json
-from mcit.pipeline.methods.outlook import Outlook, look_ahead
 from mcit.pipeline.planning.memory import NF4_BITS, Memory, Training, measure, training_memory, weight_bytes
+from mcit.pipeline.planning.outlook import Outlook, look_ahead
 from mcit.pipeline.recipe.loading import load_recipe
 
 GIB = 2**30

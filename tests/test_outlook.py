@@ -10,8 +10,8 @@ from two_stages import STAGES, Stages, keys, section
 
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.pipeline.methods import build_methods
-from mcit.pipeline.methods.outlook import look_ahead
 from mcit.pipeline.planning.memory import meta_model
+from mcit.pipeline.planning.outlook import look_ahead
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.disk import handed_rank, stage_needs, trained_parameters
 

@@ -12,7 +12,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl, write_json, write_jsonl
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.methods import expand
-from mcit.pipeline.methods.outlook import Passes, look_through
+from mcit.pipeline.planning.outlook import Passes, look_through
 from mcit.pipeline.planning.pace import Pace, assumed_training, extra_tokens, measured_answers, measured_training
 from mcit.pipeline.planning.plan import Machine, Plan, known_runs, plan
 from mcit.pipeline.recipe.loading import load_recipe

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from mcit.data_prep import schema
 from mcit.data_prep.schema import Sample
 
-from .outlook import Passes
+from ..planning.outlook import Passes
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from mcit.eval.lora import Adapter, Dense, Factors
 
+    from ..planning.outlook import Outlook
     from ..recipe.schema import Stage
     from ..stage.entering import Entered
     from ..training.collator import Collator
     from ..training.replay import Replay, Replayed
     from ..training.trainer import MethodLoss
-    from .outlook import Outlook
 
 Distributed = Literal["single", "ddp", "zero2", "zero3"]
 Past = Mapping[int, Sequence[Sample]]  # samples by the stage that trained them last

@@ -16,11 +16,11 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 
+from ..planning.outlook import Outlook, Passes
 from ..training.collator import IGNORED
 from ..training.replay import Replay, Replayed
 from .base import Method, Past
 from .buffer import cut, ordered
-from .outlook import Outlook, Passes
 from .outputs import answer_loss, logit_gap, logits
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.batches import Drawn
 from ..training.replay import Replay
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
 from .hft import matrix
-from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import Outlook
 from ..training.replay import unwrapped
 from .base import Method
-from .outlook import Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -18,11 +18,11 @@ from mcit.data_prep import schema
 from mcit.data_prep.identity import rank
 from mcit.eval.hashing import cache_dir
 
+from ..planning.outlook import Outlook, Passes
 from ..training.replay import Replay, Replayed, backbone
 from .anchor import Anchor, anchor_path, write_anchor
 from .base import Method
 from .keys import unpack
-from .outlook import Outlook, Passes
 from .outputs import answer_loss, divergence
 from .ternary import margin_loss
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import Outlook
 from .base import Method, Past
 from .freeze import decoder_blocks
-from .outlook import Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel

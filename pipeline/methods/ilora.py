@@ -20,11 +20,11 @@ from transformers import TrainerCallback
 from mcit.data_prep import schema
 from mcit.eval.lora import Adapter, Dense, Factors
 
+from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.replay import Replay, Replayed, backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
-from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 from .previous import swapped
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.identity import rank
 
+from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.trainer import trained_parameters
 from .base import Method, StepView
-from .outlook import FLOAT, Outlook, Passes
 
 if TYPE_CHECKING:
     from peft import PeftModel

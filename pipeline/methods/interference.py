@@ -21,11 +21,11 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import Outlook, Passes
 from ..training.collator import IGNORED
 from ..training.replay import Replay, Replayed, backbone
 from ..training.trainer import evaluating
 from .base import Method, Past
-from .outlook import Outlook, Passes
 from .outputs import answer_loss, distance_to, logits
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.eval.lora import Adapter
 
+from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import scaled
 from .base import Method
-from .outlook import FLOAT, Outlook
 
 
 class InterpolateConfig(schema.Config):

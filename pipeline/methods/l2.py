@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import lora_layers
 from ..training.trainer import trained_parameters
 from .base import Method, StepView
-from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from ..stage.entering import Entered

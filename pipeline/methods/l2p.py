@@ -19,9 +19,9 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.eval.extension import add_prompts, save_extension
 
+from ..planning.outlook import FLOAT, Outlook
 from ..training.collator import IGNORED
 from .base import Method, StepView
-from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

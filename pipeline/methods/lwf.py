@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.collator import IGNORED
 from .base import Method, StepView
-from .outlook import FLOAT, Outlook, Passes
 from .outputs import distance_to
 from .previous import Previous
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcit.eval.lora import Adapter, Dense, Factors
 
-from .outlook import FLOAT, Outlook
+from ..planning.outlook import FLOAT, Outlook
 from .vectors import Vectors, VectorsConfig, adapters
 
 

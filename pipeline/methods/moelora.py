@@ -19,9 +19,9 @@ from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 from mcit.eval.extension import add_mixtures, save_extension
 
+from ..planning.outlook import FLOAT, Outlook
 from ..policy.lineage import target_names
 from .base import Method, Past
-from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

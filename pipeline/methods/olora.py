@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import lora_layers
 from .base import Method, StepView
-from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel

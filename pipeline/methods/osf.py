@@ -20,10 +20,10 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.eval.lora import Dense, fold
 
+from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import pattern
 from ..policy.lineage import target_names
 from .base import Method, Past
-from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

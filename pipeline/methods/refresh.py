@@ -17,13 +17,13 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
+from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.collator import IGNORED, REPLAYED, REPLAYED_LABELS
 from ..training.replay import backbone
 from ..training.trainer import evaluating, trained_parameters
 from .base import Method
 from .ewc import surprise
 from .importance import measured
-from .outlook import FLOAT, Outlook, Passes
 from .outputs import answer_loss
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 
+from ..planning.outlook import Outlook
 from ..policy.adapters import lora_layers
 from .base import Method, StepView
 from .keys import MeanAtKeys, add_keys, total, width
-from .outlook import Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -16,9 +16,9 @@ from mcit.data_prep import schema
 from mcit.eval.engines.vllm import MAX_RANK
 from mcit.eval.lora import Adapter, Dense, Factors
 
+from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import concat, live_adapter
 from .base import Method, Past
-from .outlook import FLOAT, Outlook
 
 if TYPE_CHECKING:
     from peft import PeftModel

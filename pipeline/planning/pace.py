@@ -20,7 +20,7 @@ from mcit.data_prep.files import read_json, read_jsonl
 from mcit.eval.serving import read_serving
 
 from ..methods import Method, expand, get_method
-from ..methods.outlook import Passes
+from .outlook import Passes
 
 # Without a measurement: the share of a card's peak at which the shape of Qwen2.5-VL-3B trained on an H100 (989 TFLOPS
 # in bfloat16): 6 × 3.75 billion parameters × 4,720 tokens in 1.15 s (benchmarks/real_size.json).

@@ -9,7 +9,6 @@ from mcit.eval.engines.vllm import MAX_RANK
 from mcit.eval.hashing import hash_model
 
 from ..methods import Method, build_methods
-from ..methods.outlook import Outlook, look_through
 from ..recipe.orders import members
 from ..recipe.schema import Phase, Recipe
 from ..run.disk import run_needs, trained_parameters
@@ -27,6 +26,7 @@ from .memory import (
     training_memory,
     weight_bytes,
 )
+from .outlook import Outlook, look_through
 from .pace import Pace, assumed_training, extra_tokens, measured_answers, measured_training
 from .work import Prepared, StageWork, answers, judged, prepare, stage_work
 

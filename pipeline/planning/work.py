@@ -18,13 +18,13 @@ from mcit.eval.hashing import cache_dir
 from mcit.eval.judge.cells import reasons
 
 from ..methods import Method
-from ..methods.outlook import Outlook
 from ..recipe.schedule import past_of, trained_in
 from ..recipe.schema import Phase, Recipe, Stage
 from ..training.arguments import split_batch
 from ..training.batches import GlobalBatchSampler, by_kind, with_images
 from ..training.collator import Collator
 from ..training.replay import Replays
+from .outlook import Outlook
 
 _ANSWERS = 256  # of a stage's answers, at most, whose tokens are counted to know their mean
 

@@ -10,7 +10,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
 from mcit.eval.serving import read_serving
 
-from ..methods.outlook import FLOAT, Outlook, look_through
+from ..planning.outlook import FLOAT, Outlook, look_through
 from ..stage.checkpoints import KEPT
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from mcit.eval.lora import fold, load_adapter
 from mcit.eval.serving import Serving, read_serving
 
 from ..methods import Method, build_methods
-from ..methods.outlook import look_ahead
+from ..planning.outlook import look_ahead
 from ..policy.lineage import enter, freeze, load_past, resume
 from ..policy.quantization import keep_trainable, quantised_options
 from ..recipe.schedule import past_of, trained_in

@@ -53,6 +53,9 @@ def main(phase: Phase, make_trainer: MakeTrainer) -> None:
     parser.add_argument("--run-dir", type=Path, help="default: runs/<the recipe's name>")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys to change")
     options = parser.parse_args()
+    # Python put the script's folder first, whose packages would hide a user's modules of the same names.
+    scripts = Path(__file__).resolve().parents[1]
+    sys.path[:] = [folder for folder in sys.path if Path(folder).resolve() != scripts]
     # DeepSpeed and TRL read these when they are imported or used; a user's own setting wins.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if not torch.cuda.is_available():

@@ -18,8 +18,8 @@ from transformers import TrainerCallback
 
 from mcit.data_prep import schema
 
+from ...planning.outlook import Outlook, Passes
 from ..base import Method, Past
-from ..outlook import Outlook, Passes
 from .experts import Added, append, copies, count, extend, merge, nudged, trained
 from .models import blocks_of, expert_bytes, is_upcycled, save
 from .usage import least_used, most_shifted, most_used, shift, shifted_usage, usage
