@@ -308,7 +308,7 @@ def test_methods_that_do_not_fit_are_refused_with_the_file_that_asked(recipe_fil
     [
         ("trian.lora.r=3", "command line: trian: unknown key. Did you mean `train`?"),
         ("train.lora.rr=3", "command line: train.lora.rr: unknown key. Did you mean `r`?"),
-        ("train.sft.zzz=3", "command line: train.sft.zzz: unknown key. Known here: args"),
+        ("train.sft.zzz=3", "command line: train.sft.zzz: unknown key. Known here: args, order"),
         ("stream.a.stile=mcq", "command line: stream.a.stile: unknown key. Did you mean `style`?"),
         ("stream.zz.style=mcq", "command line: stream.zz.style: no such entry: zz. Known here: a, b"),
         ("train.lora.r=x", "command line: train.lora.r: Input should be a valid integer, not 'x'"),

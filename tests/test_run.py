@@ -404,7 +404,7 @@ def test_a_stage_trains_the_recipe_it_is_judged_by(folder, monkeypatch):
     perform_steps(run, run.preparation(), quiet())
     open_run(folder, "seed=10")
 
-    def child(step: Step, command: list[str], *_: object, **__: object) -> None:
+    def child(name: str, python: list[str], command: list[str], *_: object, **__: object) -> None:
         raise InputError(f"seed {load_recipe(command[command.index('--recipe') + 1]).seed}")
 
     monkeypatch.setattr(run, "_child", child)

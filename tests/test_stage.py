@@ -206,7 +206,7 @@ def test_a_training_that_moves_nothing_is_an_error(trained: tuple[Path, Path], t
     [
         (["train.sft.args.learning_rat=1"], "train.sft.args.learning_rat: SFTConfig has no such argument. Did you mean "
          "`learning_rate`?"),
-        (["train.sft.args.packing=true"], "train.sft.args.packing: is set by the pipeline. Samples are neither"),
+        (["train.sft.args.packing=true"], "train.sft.args.packing: is set by the pipeline. Set train.packing"),
         (["train.sft.args.bf16=true"], "Set base_model.dtype"),
         (["train.sft.args.per_device_train_batch_size=3"], "global_batch_size: 8 does not divide by 1 process × 3"),
         (["train.sft.args.lr_scheduler_type=cosin"], "train.sft.args: .*cosin"),
