@@ -32,13 +32,15 @@ leaderboard: install
 	-seq $(JOBS) | xargs -I {} -P $(JOBS) $(BIN)/python benchmarks/leaderboard/board.py run
 	$(BIN)/python benchmarks/leaderboard/board.py page
 
-# One representative of each axis.
+# One representative of each axis. A file's tests share what they make, so they stay in one worker.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 # Every combination.
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # mypy cannot see through the editable install's package mapping, so it is shown the folders under their import names.
 lint: install

@@ -179,15 +179,16 @@ def test_a_page_of_sweeps_and_runs(tmp_path):
         read_sweep(tmp_path)
 
 
-def test_sweeps_against_each_other_are_paired_by_seed(tmp_path):
+def test_sweeps_against_each_other_are_paired_by_seed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name, gain in (("one", 0), ("two", 10)):
         runs = [(f"seed-{seed}", None, results(seed)) for seed in (0, 1, 2)]
         for _, _, result in runs:
             result["metrics"] = {"MFN": result["metrics"]["MFN"] + gain, "FWT": None}
-        write_json(tmp_path / name / "results.json", assemble_sweep(name, runs))
+        write_json(Path(name) / "results.json", assemble_sweep(name, runs))
     terminal = quiet()
-    report([tmp_path / "one", tmp_path / "two"], None, terminal)
-    assert read_json(tmp_path / "report" / "comparison.json")["others"][str(tmp_path / "two")] == {
+    report([Path("one"), Path("two")], None, terminal)
+    assert read_json(Path("report") / "comparison.json")["others"]["two"] == {
         "MFN": {"mean": 10.0, "low": 10.0, "high": 10.0, "n": 3}
     }
     said = terminal.console.export_text()
