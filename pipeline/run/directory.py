@@ -71,7 +71,7 @@ class RunDirectory:
         """
         # PASSIVE: threads that spin while they wait take the cores from whatever else runs, from each other too.
         # MALLOC…, for glibc: memory that every step on a CPU needs anew is kept, not given back and faulted in again.
-        # PYTHONWARNINGS: what libraries will change one day is news to their callers, and a step's shown line to nobody.
+        # PYTHONWARNINGS: what a library will change one day would stand where a step says what it is at.
         usual = {
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "OMP_WAIT_POLICY": "PASSIVE",
