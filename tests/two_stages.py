@@ -29,6 +29,7 @@ import mcit.pipeline.sft as sft
 import mcit.pipeline.stage.stage as stage_script
 from mcit.data_prep.files import read_json, read_jsonl, write_json
 from mcit.pipeline.methods import METHODS, Method
+from mcit.pipeline.methods.previous import Previous
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.preemption import Preempted
 from mcit.pipeline.training.collator import Collator
@@ -246,10 +247,9 @@ def held(value: Any, known: dict[int, int] | None = None) -> int:
     known = {} if known is None else known
     if isinstance(value, torch.Tensor):
         known[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-    inner = (
-        vars(value).values() if isinstance(value, Method) else value.values() if isinstance(value, Mapping) else value
-    )
-    for one in inner if isinstance(value, (Method, Mapping, list, tuple)) else ():
+    if isinstance(value, (Method, Previous)):
+        value = vars(value)
+    for one in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
         held(one, known)
     return sum(known.values())
 

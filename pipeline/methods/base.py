@@ -138,7 +138,7 @@ class Method:
         return 0
 
     def trains(self, outlook: "Outlook") -> int | None:
-        """The parameters in training, where they are not the whole LoRA; None: they are."""
+        """The parameters in training, where they are not `outlook.trained`; None: they are."""
         return None
 
     def passes(self, outlook: "Outlook") -> Passes:

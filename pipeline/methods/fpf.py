@@ -101,7 +101,7 @@ class Fpf(Method):
         """What trains as it was; gradients and moments of what is chosen, while no others are there."""
         if not (self.config.times and outlook.stages > 1):
             return 0
-        return FLOAT * outlook.lora * (1 + 2 * self.config.share)
+        return FLOAT * outlook.trained * (1 + 2 * self.config.share)
 
     def passes(self, outlook: Outlook) -> Passes:
         steps = self.config.times * self.config.steps if outlook.stages > 1 else 0

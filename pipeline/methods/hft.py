@@ -66,7 +66,11 @@ class Hft(Method):
 
     def trains(self, outlook: Outlook) -> int | None:
         """About: which matrices are frozen is drawn, and they are not equally large."""
-        return round((1 - self.config.share) * outlook.lora)
+        whole = outlook.stage.train.lineage == "full"
+        drawn_from = (
+            sum(one.numel() for one in outlook.model.get_decoder().layers.parameters()) if whole else outlook.lora
+        )
+        return outlook.trained - round(self.config.share * drawn_from)
 
 
 def matrix(parameter: str) -> str:

@@ -125,7 +125,7 @@ class ILora(Method):
         return FLOAT * outlook.lora * (self.config.averages + (self.config.serve == "slow"))
 
     def memory(self, outlook: Outlook) -> float:
-        return FLOAT * outlook.lora if self.config.averages else 0
+        return FLOAT * outlook.trained if self.config.averages else 0
 
     def passes(self, outlook: Outlook) -> Passes:
         tied = self.config.per_batch > 0 and self.config.weight > 0 and outlook.stages > 1

@@ -65,7 +65,7 @@ class L2(Method):
         return self.config.weight / 2 * torch.stack(moved).sum()
 
     def memory(self, outlook: Outlook) -> float:
-        return FLOAT * outlook.lora if self.config.weight and outlook.resumes else 0
+        return FLOAT * outlook.trained if self.config.weight and outlook.resumes else 0
 
     def _moved(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of what the stage has changed: b a − b* a* = (b − b*) a + b* (a − a*), which loses no digits."""

@@ -59,7 +59,7 @@ class Lwf(Method):
         if not self.config.weight:
             return 0
         said = outlook.micro_batch * outlook.answer * outlook.model.config.get_text_config().vocab_size
-        return FLOAT * (outlook.lora + said)
+        return FLOAT * (outlook.trained + said)
 
     def passes(self, outlook: Outlook) -> Passes:
         return Passes(forward=outlook.tokens if self.config.weight else 0)

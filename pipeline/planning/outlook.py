@@ -43,7 +43,9 @@ class Outlook:
     def trained(self) -> int:
         """Weights that the stage trains at most: those of its LoRA, or under `full` the model's own."""
         if self.stage.train.lineage == "full":
-            return sum(weight.numel() for weight in self.model.parameters())
+            from ..policy.lineage import whole_parameters  # here: needs torch
+
+            return sum(weight.numel() for _, weight in whole_parameters(self.model, self.stage.train.modules))
         return self.lora
 
     @property

@@ -50,12 +50,8 @@ def stage_needs(outlook: Outlook, methods: Iterable["Method"]) -> Needs:
 
 def trained_parameters(outlook: Outlook, methods: Iterable["Method"]) -> int:
     """How many parameters a stage trains: those of its LoRA, the model's own, or what methods say."""
-    if outlook.stage.train.lineage == "full":
-        from ..policy.lineage import whole_parameters  # here: needs torch
-
-        return sum(weight.numel() for _, weight in whole_parameters(outlook.model, outlook.stage.train.modules))
     said = (method.trains(outlook) for method in methods)
-    return min((count for count in said if count is not None), default=outlook.lora)
+    return min((count for count in said if count is not None), default=outlook.trained)
 
 
 def check_run(
