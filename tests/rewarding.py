@@ -5,6 +5,6 @@ from collections.abc import Sequence
 from mcit.data_prep.schema import Sample
 
 
-def letters(answer: str, references: Sequence[str], sample: Sample) -> float:
-    """Answers of a model that knows nothing earn more or less of it."""
-    return min(100.0, 5.0 * sum(map(str.isalpha, answer)))
+def spread(answer: str, references: Sequence[str], sample: Sample) -> float:
+    """Another one for nearly every answer, whatever it is made of."""
+    return sum(answer.encode()) % 101 / 100

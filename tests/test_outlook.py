@@ -54,7 +54,7 @@ def test_a_stage_is_as_large_as_was_said(train: Stages, name: str, lineage: str,
 def test_the_model_does_as_much_beside_training_as_was_said(
     train: Stages, name: str, lineage: str, paradigm: str
 ) -> None:
-    """In tokens, within a third: kept samples are not as long as those of the stage."""
+    """In tokens, within a third: kept samples have another length. One sample may try the output head."""
     stage = train(section(name), lineage, paradigm)[1]
     recipe = load_recipe(train.recipe, keys(section(name), lineage, paradigm))
     outlook = look_ahead(recipe.stages[1], meta_model(recipe.base_model), 4, behind=1)
@@ -64,5 +64,5 @@ def test_the_model_does_as_much_beside_training_as_was_said(
     known = replace(outlook, samples=20, steps=steps, tokens=tokens, length=stage.length)
     [method] = build_methods(recipe.method, recipe.stages[1].train)
     said = method.passes(known)
-    assert stage.passed[False] == pytest.approx(said.forward, rel=1 / 3)
+    assert stage.passed[False] == pytest.approx(said.forward, rel=1 / 3, abs=2 * stage.length)
     assert stage.passed[True] - tokens == pytest.approx(said.gradients, rel=1 / 3)

@@ -246,7 +246,7 @@ def test_processes_stop_together_and_go_on(
         run = tmp_path / name
         recipe, marker = make_run(run, samples(), RECIPE), tmp_path / "marker"
         task = run / "data" / "colour" / "task.json"
-        write_json(task, read_json(task) | {"reward": "rewarding:letters"})
+        write_json(task, read_json(task) | {"reward": "rewarding:spread"})
         overrides = [f"method={{'training:Stop': {{step: 7, unless: {marker}}}}}", f"train.paradigm={paradigm}"]
         if name == "stopped":
             said = launch(run, recipe, mode, 2, *overrides, stage=1, script=paradigm, fails=True)

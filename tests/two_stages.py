@@ -27,7 +27,7 @@ from transformers import TrainerCallback
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
 import mcit.pipeline.stage.stage as stage_script
-from mcit.data_prep.files import read_json, read_jsonl, write_json
+from mcit.data_prep.files import read_json, read_jsonl
 from mcit.pipeline.methods import METHODS, Method
 from mcit.pipeline.methods.previous import Previous
 from mcit.pipeline.recipe.loading import load_recipe
@@ -61,7 +61,8 @@ train:
   global_batch_size: 16
   sft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, num_train_epochs: 2,
                gradient_checkpointing: false}}
-  rft: {args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, max_steps: 3, beta: 0.1,
+  rft: {rewards: {"rewarding:spread": 1, accuracy: 0, format: 0},  # no answer of a random base is ever right
+        args: {learning_rate: 0.2, lr_scheduler_type: constant, optim: sgd, logging_steps: 1, max_steps: 3, beta: 0.1,
                num_generations: 4, max_completion_length: 6, temperature: 0.5, gradient_checkpointing: false}}
 """
 STAGES = ("01-colour", "02-again")
@@ -112,9 +113,6 @@ class Stages:
         samples = {"colour": make_samples("colour", 32), "again": uneven("again", 20, 1)}
         anchors = {"pictures": make_samples("pictures", 5), "sentences": uneven("sentences", 6, 0)}
         self.recipe = make_run(self.run, samples, RECIPE, anchors=anchors)
-        task = self.run / "data" / "again" / "task.json"
-        # Answers differ in what they earn, whatever the policy: none of the base's would ever be right.
-        write_json(task, read_json(task) | {"reward": "rewarding:letters"})
         self.done: dict[tuple[str, ...], Trained] = {}
         gc.freeze()  # a trainer collects garbage when it begins; to look through all that was imported takes long
 

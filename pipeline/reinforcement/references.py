@@ -73,5 +73,17 @@ class References:
             return
         adapter = {"base": UNDO, "previous": COPY}[name]
         past = without_past(self.model) if name == "base" else contextlib.nullcontext()
-        with past, use_adapter(self.model, adapter if adapter in self.model.peft_config else None):
-            yield self.model
+        with past, _trains_as_before(self.model):
+            with use_adapter(self.model, adapter if adapter in self.model.peft_config else None):
+                yield self.model
+
+
+@contextlib.contextmanager
+def _trains_as_before(model: PeftModel) -> Iterator[None]:
+    """PEFT has all of an adapter train that is put back in place, also what a method has frozen of it."""
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
