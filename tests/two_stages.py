@@ -126,11 +126,14 @@ class Stages:
         return one, self.done[key]
 
     def first(self, section: Section, lineage: str) -> Trained:
-        """Stage 1. That of adapters is the same in all lineages but in its name: of one that the methods have."""
+        """Stage 1. That of adapters is the same in all lineages but in its name: of one that the methods have.
+
+        Unless what they keep of it depends on the lineage.
+        """
         allowed = [METHODS[name].lineages for name in section]
         of_adapters = ("stack", "fold", "continue", "independent")
         shared = next((one for one in of_adapters if all(one in has for has in allowed)), "full")
-        own = lineage if lineage == "full" else shared
+        own = lineage if lineage == "full" or "refresh" in section else shared
         key = (json.dumps(section), own)
         if key not in self.done:
             run = self.folder("first")
