@@ -73,7 +73,7 @@ class Importance(Method):
     def loss(self, view: StepView) -> Tensor | None:
         if not (self.config.weight and view.last and self.pulls):
             return None
-        return self.config.weight / 2 * distance(dict(view.model.named_parameters()), self.pulls)
+        return self.config.weight / 2 * distance(trained_parameters(view.model), self.pulls)
 
     def disk(self, outlook: Outlook) -> int:
         return FLOAT * outlook.trained if self.config.weight else 0
