@@ -111,7 +111,7 @@ def test_groups_that_are_cut_up_are_refused(per_device: int, per_process: int, f
 WHOLE = ("train.rft.args.per_device_train_batch_size=4", "train.lineage=full", "train.modules.language=full")
 RFT = """  paradigm: rft
   rft:
-    rewards: {accuracy: 0, format: 0, "training:letters": 1}
+    rewards: {accuracy: 0, format: 0, "rewarding:spread": 1}
     args: {learning_rate: 0.1, lr_scheduler_type: constant, optim: sgd, max_steps: 3, num_generations: 4,
            max_completion_length: 6, beta: 0.1, logging_steps: 1}
 """
