@@ -19,8 +19,8 @@ from mcit.data_prep import schema
 
 from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.batches import Drawn
+from ..training.parameters import evaluating, trained_parameters
 from ..training.replay import Replay
-from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
 from .hft import matrix

@@ -21,8 +21,8 @@ from mcit.data_prep import schema
 from mcit.eval.lora import Adapter, Dense, Factors
 
 from ..planning.outlook import FLOAT, Outlook, Passes
+from ..training.parameters import evaluating, trained_parameters
 from ..training.replay import Replay, Replayed, backbone
-from ..training.trainer import evaluating, trained_parameters
 from .base import Method, Past
 from .buffer import even_buffer
 from .outputs import answer_loss

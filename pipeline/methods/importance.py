@@ -17,7 +17,7 @@ from mcit.data_prep import schema
 from mcit.data_prep.identity import rank
 
 from ..planning.outlook import FLOAT, Outlook, Passes
-from ..training.trainer import trained_parameters
+from ..training.parameters import trained_parameters
 from .base import Method, StepView
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from mcit.data_prep import schema
 
 from ..planning.outlook import Outlook, Passes
 from ..training.collator import IGNORED
+from ..training.parameters import evaluating
 from ..training.replay import Replay, Replayed, backbone
-from ..training.trainer import evaluating
 from .base import Method, Past
 from .outputs import answer_loss, distance_to, logits
 

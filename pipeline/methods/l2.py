@@ -16,7 +16,7 @@ from mcit.data_prep import schema
 
 from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import lora_layers
-from ..training.trainer import trained_parameters
+from ..training.parameters import trained_parameters
 from .base import Method, StepView
 
 if TYPE_CHECKING:

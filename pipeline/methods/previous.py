@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..training.collator import IGNORED
+from ..training.parameters import evaluating, trained_parameters
 from ..training.replay import backbone
-from ..training.trainer import evaluating, trained_parameters
 from .outputs import logits
 
 if TYPE_CHECKING:

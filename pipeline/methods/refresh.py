@@ -19,8 +19,8 @@ from mcit.data_prep import schema
 
 from ..planning.outlook import FLOAT, Outlook, Passes
 from ..training.collator import IGNORED, REPLAYED, REPLAYED_LABELS
+from ..training.parameters import evaluating, trained_parameters
 from ..training.replay import backbone
-from ..training.trainer import evaluating, trained_parameters
 from .base import Method
 from .ewc import surprise
 from .importance import measured

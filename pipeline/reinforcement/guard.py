@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..training.trainer import trained_parameters
+from ..training.parameters import trained_parameters
 from .config import GuardConfig
 
 _FORM = 0.5  # a rate of right forms that was never this high has not been lost

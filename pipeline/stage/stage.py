@@ -29,7 +29,8 @@ from ..run.locks import locked
 from ..run.preemption import EXIT_CODE, Preempted, deferred, preemptible
 from ..training.arguments import check_mode, check_stage, processes
 from ..training.collator import Collator
-from ..training.trainer import LOWER, ReallyDistributed, Untrained, fingerprint, idle_parameters, trained_parameters
+from ..training.parameters import fingerprint, idle_parameters, trained_parameters
+from ..training.trainer import LOWER, ReallyDistributed, Untrained
 from ..training.zero3 import keep_whole
 from .during import During, choose_probes
 from .entering import Entered, enter_stage, samples_of

@@ -18,6 +18,7 @@ from .arguments import deepspeed, processes
 from .batches import deal, same_images
 from .collator import REPLAYED, REPLAYED_LABELS, Collator
 from .packing import PACKING, pack
+from .parameters import evaluating, fingerprint, trained_parameters
 from .replay import Pass, Replayed, Replays, backbone, caught_states, unwrapped
 from .zero3 import gather, whole
 
@@ -200,17 +201,6 @@ class MethodLoss(Resumable):
         super().log(logs, start_time)
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 class Begin(TrainerCallback):
     """Lets the methods look at the entering policy once the trainer has placed it."""
 
@@ -285,24 +275,3 @@ class Untrained(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.fingerprint = fingerprint(self.model)
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What a stage trains, by name; whole under ZeRO-3 too, for which all processes call this together."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    gather(trained.values())
-    return trained
-
-
-def idle_parameters(model: nn.Module, sparse: bool = False) -> list[nn.Parameter]:
-    """What is trained that a batch may leave out: on projector and vision tower, and of a `sparse` model anything."""
-    whole = unwrapped(model)
-    always = set() if sparse else {*whole.get_decoder().parameters(), *whole.get_output_embeddings().parameters()}
-    return [parameter for parameter in trained_parameters(model).values() if parameter not in always]
-
-
-def fingerprint(model: nn.Module) -> dict[str, float]:
-    """A number for each trained parameter that changes when the parameter does."""
-    return {
-        name: parameter.detach().double().square().sum().item() for name, parameter in trained_parameters(model).items()
-    }
