@@ -131,6 +131,14 @@ def test_the_words_do_not_blame_style_when_knowledge_went():
     assert "knowledge, not style" in words and "foreign answer style" not in words
 
 
+def test_the_words_name_no_loss_where_nothing_was_lost():
+    results = _results() | {"matrix": [[10.0, 25.0], [30.0, None], [30.0, 80.0]]}
+    results["verdicts"][2][0] = _shares(correct=0.3, wrong_content=0.7)
+    words = " ".join(sentences(results))
+    assert "70 % of the final answers are wrong" in words
+    assert "lost" not in words and "foreign answer style" not in words
+
+
 def difference(value: float, low: float, high: float) -> dict:
     return {"difference": value, "low": low, "high": high, "n": 9}
 
@@ -183,6 +191,23 @@ def with_everything() -> dict:
             "mean_nll": [0.25, None, 3.5],
         },
     }
+
+
+def test_where_no_task_can_be_split_the_page_says_why_and_shows_no_empty_map(run):
+    nothing = [[None, None]] * 3
+    write_json(
+        run / "results.json",
+        _results()
+        | {
+            "constrained": {"shown": nothing, "known": nothing},
+            "forgetting": {"tasks": {}, "mean": None, "left_out": {"digits": "its answers are no closed set"}},
+        },
+    )
+    page = write_report([run]).read_text()
+    assert "not split: its answers are no closed set" in page
+    assert "<th>loss</th>" not in page and "Recoverable" not in page
+    assert page.count('class="heat"') == 1, "the scores alone"
+    assert "Lost since learned" not in (run / "report" / "report.md").read_text()
 
 
 def test_what_was_asked_beside_the_matrix_is_shown(run, tmp_path):

@@ -225,6 +225,8 @@ def _old_answers(result: Mapping[str, Any]) -> str | None:
             f"{text} Above chance they lost {loss:.1f} points: {essential:.1f} are essential, gone from answers held "
             f"to the form too; {superficial:.1f} are superficial."
         )
+    if not worst_drop(result):
+        return text
     if shares["wrong_format"] + shares["wrong_both"] > wrong / 2:
         return f"{text} Most of them are in a foreign answer style, which is what ASD is made against."
     return f"{text} Most of them have the right form: knowledge, not style, is what was lost."
