@@ -339,7 +339,7 @@ def test_an_absolute_path_inside_the_image_folder_is_fine(data: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "fields", "message"),
     [
-        ([], {}, "the train part is empty"),
+        ([], {}, r"^t: train\.json: the train part is empty"),
         ([row("q", "1")], {}, "no test set can be split off"),
         ([row("q", "1"), row("r", "2")], {"test": 1.5}, "no share between 0 and 1"),
         ([row("q", "red"), row("r", "2")], {"test": "train.json", "style": "bbox"}, "2 of 2 train answers do not have"),

@@ -220,7 +220,10 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         (llava("", "a"), r"turn 1 \(user\) is empty"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "do not alternate"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, r"conversations\[0\]: unknown role 'robot'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\]: has no text"),
+        ({"conversations": [{"from": "human", "value": None}]}, r"conversations\[0\]: has no text"),
+        (llava("q", 7), r"conversations\[1\]: is 7, not a text\. Write it as a text"),
+        ({"prompt": "q", "completion": 7.5}, r"completion\[0\]: is 7\.5, not a text\. Write it as a text"),
+        ({"prompt": "q", "completion": {"role": "assistant", "content": "a"}}, "completion: is not a list of turns"),
         ({"conversations": "hello"}, "conversations: is not a list of turns"),
         ({"conversations": ["hello"]}, r"conversations\[0\]: is not an object"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "unknown content part"),
@@ -237,6 +240,7 @@ def test_bad_rows_name_place_field_and_remedy(row: object, message: str) -> None
     with pytest.raises(InputError, match=message) as caught:
         parse_row(row, "d.json: sample 3")
     assert str(caught.value).startswith("d.json: sample 3") and "\n" not in str(caught.value)
+    assert caught.value.remedy
 
 
 def test_errors_name_the_sample_id() -> None:
