@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from mcit.data_prep.errors import InputError, no_room
+from mcit.data_prep.errors import InputError, not_written
 
 from .verbs import data, judge, plan, publish, runs, tools
 
@@ -57,12 +57,12 @@ def main() -> None:
     except ChildFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        print(f"error: {no_room(error)}", file=sys.stderr)
-        sys.exit(2)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except Exception as error:
+        print(f"error: {not_written(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

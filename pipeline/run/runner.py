@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcit.data_prep.errors import InputError
+from mcit.data_prep.errors import InputError, not_written
 from mcit.data_prep.files import write_json
 from mcit.data_prep.hub import is_pinned, pin, same_dataset
 from mcit.data_prep.places import PATHS
@@ -76,8 +76,15 @@ def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
         if changed := step.changed():
             following = " and what follows" if step.name.startswith("train/") else ""
             terminal.say(f"{step.title}{following}: again, because this changed: {', '.join(changed[:5])}", "yellow")
-        with terminal.working(step.title) as show:
-            marker, did = run.perform(step, show)
+        try:
+            with terminal.working(step.title) as show:
+                marker, did = run.perform(step, show)
+        except KeyboardInterrupt:
+            kept = "what is done is kept, the same command goes on from here"
+            terminal.say(f"{step.title}: interrupted; {kept}", "yellow")
+            raise
+        except OSError as error:
+            raise not_written(error, run.dir) from None
         terminal.finished(step.title, marker["seconds"] if did else None, *(_details(step, marker) if did else ()))
         if did:
             write_json(run.dir / "environment.json", environment() | {"launch": str(run.launch.config)})
