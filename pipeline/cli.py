@@ -3,6 +3,7 @@
 Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 75 asked to stop (by SLURM, say), 130 interrupted.
 """
 
+import logging
 import sys
 
 import typer
@@ -48,6 +49,8 @@ def main() -> None:
     from .run.preemption import EXIT_CODE, Preempted, preemptible
     from .run.redaction import redact
 
+    # bitsandbytes, which PEFT imports, recommends a package for speed on a CPU to whoever asks for a list of methods.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with preemptible():
             app()

@@ -204,7 +204,13 @@ def test_methods(mcit):
     assert code == 0
     assert found["reglora"]["keeps"] == "nothing" and "2505.02486" in found["reglora"]["paper"]
     assert list(found["sefe"]["expands_to"]) == ["asd", "reglora"]
-    assert "RegLoRA" in mcit("methods")[1] or "reglora" in mcit("methods")[1]
+    lines = mcit("methods")[1].splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert names == list(found), "a name runs into what stands behind it"
+    settings = [yaml.safe_load(line) for line in lines if line.strip().startswith("{")]
+    assert settings == [row["settings"] for row in found.values() if "settings" in row], (
+        "they can be pasted into a recipe"
+    )
 
 
 def test_status_of_a_run_that_has_not_begun(mcit, tmp_path):
