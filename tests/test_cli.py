@@ -16,6 +16,7 @@ from mcit.data_prep.errors import not_written
 from mcit.pipeline import cli
 from mcit.pipeline.recipe.layers import RECIPES
 from mcit.pipeline.recipe.loading import load_recipe, write_recipe
+from mcit.pipeline.recipe.text import parse_yaml
 from mcit.pipeline.run import doctor
 from mcit.pipeline.run.terminal import condensed
 
@@ -207,7 +208,7 @@ def test_methods(mcit):
     lines = mcit("methods")[1].splitlines()
     names = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert names == list(found), "a name runs into what stands behind it"
-    settings = [yaml.safe_load(line) for line in lines if line.strip().startswith("{")]
+    settings = [parse_yaml(line, "") for line in lines if line.strip().startswith("{")]
     assert settings == [row["settings"] for row in found.values() if "settings" in row], (
         "they can be pasted into a recipe"
     )
