@@ -117,6 +117,18 @@ def test_nothing_lost_is_said_too():
     assert headline(kept) == "No task lost anything by the last stage."
 
 
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        ([[10.0, 25.0], [None, None], [None, None]], "No task has been learned and scored yet."),
+        ([[10.0, 25.0], [90.0, None], [None, 80.0]], "No task has been scored again since it was learned."),
+        ([[10.0, 25.0], [90.0, None], [None, None]], "No task has been scored again since it was learned."),
+    ],
+)
+def test_a_run_that_cannot_tell_yet_claims_nothing(matrix, words):
+    assert headline(_results() | {"matrix": matrix}) == words
+
+
 def test_the_words_say_how_the_old_answers_are_wrong():
     words = " ".join(sentences(_results()))
     assert "85.0" in words and "55.0" in words

@@ -177,6 +177,7 @@ def test_a_page_of_sweeps_and_runs(tmp_path):
     page = write_sweep_report([tmp_path / "sweep", tmp_path / "run"], tmp_path / "page").read_text()
     assert "&lt;b&gt;sweep" in page and "<b>sweep" not in page
     assert f"<td>{shown(sweep['metrics']['MFN'])}</td><td>77.5</td>" in page
+    assert '<td class="text"><small></small>' not in page, "a metric without a meaning"
     assert page.count('class="learned"') == 4 and (tmp_path / "page" / "matrix.png").stat().st_size > 5000
     with pytest.raises(InputError, match="no results yet"):
         read_sweep(tmp_path)

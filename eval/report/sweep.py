@@ -26,12 +26,12 @@ def write_sweep_report(paths: list[Path], out: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=select_autoescape(["j2"]), undefined=StrictUndefined
     )
-    names = dict.fromkeys(metric for sweep in sweeps for metric in sweep["metrics"])
+    names = {metric for sweep in sweeps for metric in sweep["metrics"]}
     page = environment.get_template("sweep.html.j2").render(
         title=" · ".join(sweep["name"] for sweep in sweeps),
         style=Markup((here / "style.css").read_text(encoding="utf-8")),
         sweeps=sweeps,
-        metrics={metric: METRICS.get(metric, "") for metric in names},
+        metrics={metric: meaning for metric, meaning in METRICS.items() if metric in names},
         shown=shown,
     )
     with atomic_open(out / "index.html") as file:
