@@ -159,6 +159,10 @@ def test_score(mcit, tmp_path):
         (["metrics", "nowhere.json"], "error: nowhere.json: no such file\n"),
         (["run", "mini/sequential", "trian.x=1"], "error: command line: trian: unknown key. Did you mean `train`?\n"),
         (["run", "mini/sequentia"], "error: mini/sequentia: no such recipe. Did you mean `mini/sequential`?\n"),
+        (
+            ["run", "my.yaml"],
+            "error: my.yaml: no such file. Name a recipe file, a packaged recipe, or a run's folder\n",
+        ),
         (["run", "mini/sequential", "--launch", "zero7"], None),
         (["status", "nowhere"], None),
         (["report", "nowhere"], None),

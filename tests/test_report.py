@@ -289,6 +289,21 @@ def test_the_markdown_says_the_same(run):
     assert "<" not in text, "nothing that a model said belongs into a model card"
 
 
+def test_a_page_is_made_without_the_pictures_that_are_gone(run):
+    (run / "data" / "digits" / "images" / "0.png").unlink()
+    (run / "data" / "counting" / "images" / "0.png").write_bytes(b"no picture any more")
+    answers = json.loads(re.search(r"const runs = (.*);\n", write_report([run]).read_text())[1])
+    shown = [question["images"] for task in answers[0]["tasks"].values() for question in task["questions"]]
+    assert len(shown) == 4 and all(images[0].startswith("data:image/svg+xml") for images in shown)
+
+
+def test_a_copy_without_its_data_says_how_to_have_them(run):
+    shutil.move(run / "data" / "digits", run / "elsewhere")
+    (run / "data" / "digits").symlink_to(run / "cache-of-another-machine")
+    with pytest.raises(InputError, match=r"data/digits: is not there\. Is the run a copy.*mcit prepare"):
+        write_report([run])
+
+
 def test_a_run_without_results_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"results\.json: no results yet"):
         write_report([tmp_path])
