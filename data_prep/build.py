@@ -108,7 +108,7 @@ class Builder:
 
         for part, offsets in self.parts.items():
             self.parts[part] = offsets_of(renewed(record, part) for record in self.spool.at(offsets))
-            if replaced := ids[part].replaced:
+            if part in ids and (replaced := ids[part].replaced):
                 self.notes.append(f"{part}: {replaced} samples have an id that others have too, and get their own")
         self.spool.close()
         self.spool = named

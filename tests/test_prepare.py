@@ -202,6 +202,8 @@ def test_ids_given_or_from_content(tmp_path: Path) -> None:
     assert ids[0] == "a" and ids[1] != "b" and ids[2] != "b" and ids[1] != ids[2]
     note = "train: 2 samples have an id that others have too, and get their own"
     assert note in read_task(prepare(tmp_path, images=None, test="test.json", style="number"))["notes"]
+    scored = read_task(prepare(tmp_path, images=None, train=None, test="train.json", style="number"))
+    assert scored["counts"]["train"] == 0 and note.replace("train", "test") in scored["notes"]
     (tmp_path / "test.json").write_text(json.dumps([row("q9", "9", id="a")]))
     folder = prepare(tmp_path, images=None, test="test.json", style="number")
     assert [read_samples(folder, part)[0]["id"] for part in ("train", "test")] == ["a", "a"]  # two files count apart

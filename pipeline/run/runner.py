@@ -58,16 +58,21 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
     if before and bool(before.get("sweep")) != bool(recipe.sweep):
         kinds = ("a sweep", "a run of its own") if recipe.sweep is None else ("a run of its own", "a sweep")
         raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
-    _check_files(recipe)
-    _check_batches(recipe, launch)
-    for stage in recipe.stages:
-        check_mode(recipe, stage, _methods(recipe, stage), launch.mode)
-    _check_judge(recipe)
+    check_recipe(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
     if recipe.start_from is not None:
         recipe.start_from = pin_start(recipe.start_from, (before or {}).get("start_from"))
     return before
+
+
+def check_recipe(recipe: Recipe, launch: Launch) -> None:
+    """Refuse what can be seen without reading data or loading a model. Raises `InputError`."""
+    _check_files(recipe)
+    _check_batches(recipe, launch)
+    for stage in recipe.stages:
+        check_mode(recipe, stage, _methods(recipe, stage), launch.mode)
+    _check_judge(recipe)
 
 
 def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:

@@ -39,15 +39,21 @@ def plan(
 
     Example: `mcit plan coin/sefe data=/data/CoIN --gpu-memory 24`
     """
+    from mcit.eval.hashing import hub_commit
+
     from ..planning.plan import Machine, known_runs
     from ..planning.plan import plan as plan_run
     from ..recipe.loading import load_recipe
     from ..run.doctor import gpu_gib
+    from ..run.runner import check_recipe
     from ..run.step import Launch
     from ..run.terminal import Terminal
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
     machine = Machine(Launch.named(launch, gpus), gpu_memory or gpu_gib(), tflops)
+    check_recipe(loaded, machine.launch)
+    if not Path(loaded.base_model.path).is_dir():
+        hub_commit(loaded.base_model.path, loaded.base_model.revision)  # or one line says why there is none
     terminal = Terminal()
     with terminal.working("plan"):
         found = plan_run(loaded, machine, known_runs(measured or []))
