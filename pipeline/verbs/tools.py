@@ -42,9 +42,8 @@ def methods(as_json: AsJson = False) -> None:
             terminal.say(f"{row['name']:{width}}= {' + '.join(row['expands_to'])}")
         else:
             terminal.say(f"{row['name']:{width}}{row['category']}, keeps {row['keeps']}; {row['paper']}")
-            settings = ", ".join(f"{key}: {json.dumps(value)}" for key, value in row["settings"].items())
             terminal.say(f"{'':{width}}lineage {', '.join(row['lineages'])}; {', '.join(row['paradigms'])}")
-            terminal.say(f"{'':{width}}{{{settings}}}")
+            terminal.say(f"{'':{width}}{json.dumps(row['settings'])}")
             alone = f"; not with {', '.join(row['conflicts'])}" if row["conflicts"] else ""
             terminal.say(f"{'':{width}}costs {row['cost']}{alone}")
 
