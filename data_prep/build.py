@@ -92,7 +92,7 @@ class Builder:
                 ids[part].note(record.sample)
                 offsets.append(record.offset)
             if offsets or part == "train" or source != self.task.train:
-                self._refuse_empty(offsets, part)
+                self._refuse_empty(offsets, part, source)
                 self.parts[part] = offsets
         return ids
 
@@ -108,6 +108,8 @@ class Builder:
 
         for part, offsets in self.parts.items():
             self.parts[part] = offsets_of(renewed(record, part) for record in self.spool.at(offsets))
+            if part in ids and (replaced := ids[part].replaced):
+                self.notes.append(f"{part}: {replaced} samples have an id that others have too, and get their own")
         self.spool.close()
         self.spool = named
 
@@ -236,11 +238,11 @@ class Builder:
         self.notes.append(f"scorer inferred from the style: {scorer}")
         return scorer
 
-    def _refuse_empty(self, offsets: "array[int]", part: str) -> None:
+    def _refuse_empty(self, offsets: "array[int]", part: str, source: str = "") -> None:
         if not offsets:
             dropped = self.reader.dropped
             why = f"All samples are bad; the first: {dropped[0]}" if dropped else ""
-            raise InputError(f"the {part} part is empty", where=self.task.name, remedy=why)
+            raise InputError(f"the {part} part is empty", where=self.task.name, field=source, remedy=why)
 
     def _note_shared_images(self) -> None:
         trained = {self.facts[number].sha256 for number in self._shown(self.parts["train"])}

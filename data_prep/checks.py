@@ -36,14 +36,16 @@ def check_samples(
     processor: Any,
     max_length: int | None,
     max_model_len: int | None = None,
+    context: int | None = None,
     *,
     on_bad: Literal["error", "drop"] = "error",
 ) -> Fit:
     """Count every sample's tokens as the model will get them.
 
     `processor` is a transformers processor with a chat template; `max_length` is what fits in training and
-    `max_model_len` in evaluation, in tokens with the gold answer's (`None`: no limit). Raises `InputError` for the
-    first sample that does not fit, unless `on_bad` is `drop`: then `Fit.bad` lists them.
+    `max_model_len` in evaluation, in tokens with the gold answer's, and `context` what the model can take at all
+    (`None`: no limit). Raises `InputError` for the first sample that does not fit, unless `on_bad` is `drop`: then
+    `Fit.bad` lists them.
     """
     task = read_task(path)
     count = TokenCounter(processor, read_images(path), lambda name: image_path(path, task, name))
@@ -52,13 +54,16 @@ def check_samples(
     for part in PARTS:
         found = Tally()
         bad[part] = {}
+        limit: int | None
+        key: str | None
         limit, key = (max_length, "train.max_length") if part == "train" else (max_model_len, "eval.max_model_len")
+        if context is not None and (limit is None or limit > context):
+            limit, key = context, None
         for sample, result in count.each(iter_samples(path, part)):
             if isinstance(result, InputError):
-                problem, remedy = str(result), "Or set prepare.on_bad: drop"
+                problem, remedy = str(result), "Leave it out, or set prepare.on_bad: drop"
             elif limit is not None and result > limit:
-                problem = f"has {result} tokens, images included, but only {limit} fit"
-                remedy = f"Raise {key}, lower base_model.processor.max_pixels, or set prepare.on_bad: drop"
+                problem, remedy = _too_long(result, limit, key, len(sample["images"]))
             else:
                 found.add(sample["id"], result)
                 continue
@@ -70,17 +75,26 @@ def check_samples(
     return Fit(lengths, bad)
 
 
+def _too_long(tokens: int, limit: int, key: str | None, images: int) -> tuple[str, str]:
+    """What is wrong with a sample, and what to do about it. `key` sets the limit; None: it is the model's context."""
+    place = "" if key else " into the base model's context"
+    ways = [f"Raise {key}" if key else "Shorten it", *(["lower base_model.processor.max_pixels"] if images else [])]
+    problem = f"has {tokens} tokens, images included, but only {limit} fit{place}"
+    return problem, f"{', '.join(ways)}, or set prepare.on_bad: drop"
+
+
 def fit_task(
     path: Path,
     processor: Any,
     max_length: int | None,
     max_model_len: int | None = None,
+    context: int | None = None,
     *,
     on_bad: Literal["error", "drop"],
     cache: Path,
 ) -> tuple[Path, Fit]:
     """`check_samples`; under `drop` the folder returned is one without the samples that do not fit."""
-    fit = check_samples(path, processor, max_length, max_model_len, on_bad=on_bad)
+    fit = check_samples(path, processor, max_length, max_model_len, context, on_bad=on_bad)
     drop = {part: set(reasons) for part, reasons in fit.bad.items() if reasons}
     if drop:
         first = next(reason for reasons in fit.bad.values() for reason in reasons.values())

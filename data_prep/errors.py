@@ -1,8 +1,12 @@
 """The one error a user can cause: bad input, reported in one line, exit code 2."""
 
 import errno
+import os
+import re
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+_ROOM = "Make room and run it again: what is done is kept"
 _LONGEST = 1000  # characters of a part of an error
 
 
@@ -22,15 +26,25 @@ class InputError(Exception):
         super().__init__(" ".join(f"{line}. {self.remedy}".split()) if remedy else " ".join(line.split()))
 
 
-def no_room(error: OSError, where: object = "") -> InputError:
-    """The line for a full disk, a quota or a limit on a file's size; any other `error` is raised again.
+def not_written(error: Exception, where: object = "") -> InputError:
+    """The line for what a disk refuses: no room, a quota, a limit on a file's size, a place that may not be used.
 
-    `where` says what was being written to, where the error does not.
+    Any other `error` is raised again. `where` says what was being written to, where the error does not.
     """
-    if error.errno not in _FULL:
+    code = _number(error)
+    if code not in _FULL + _CLOSED:
         raise error
-    remedy = "Make room and run it again: what is done is kept"
-    return InputError(str(error.strerror), where=error.filename or where, remedy=remedy)
+    remedy = _ROOM if code in _FULL else "Look at its permissions, or name another place"
+    return InputError(os.strerror(code), where=getattr(error, "filename", None) or where, remedy=remedy)
+
+
+def _number(error: Exception) -> int:
+    """The operating system's number of an error, 0 where it has none; safetensors and torch say it in words alone."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    broken = isinstance(error, RuntimeError) and re.search("unexpected pos|file write failed", str(error))
+    return int(found[1]) if found else errno.ENOSPC if broken else 0
 
 
 def _short(text: str) -> str:

@@ -20,6 +20,7 @@ class Ids:
         self._repeated: set[bytes] = set()
         self._given: set[str] = set()
         self._copies: Counter[str] = Counter()
+        self.replaced = 0  # ids that samples came with and others had too
 
     def note(self, sample: Sample) -> None:
         """One more sample as it was read."""
@@ -30,6 +31,7 @@ class Ids:
         """The id of a sample, once all were noted."""
         if sample["id"] and _digest(sample["id"]) not in self._repeated:
             return sample["id"]
+        self.replaced += bool(sample["id"])
         content = [sample["prompt"], sample["completion"], sample["references"], sample["images"]]
         identity = hash_json(content)[:16]
         if identity not in self._given:

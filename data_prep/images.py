@@ -132,10 +132,11 @@ def read_image(path: Path) -> bytes:
 def unreadable(where: object, error: Exception, field: str = "") -> InputError:
     """What to say of an image that Pillow could not decode."""
     # PIL's own words name memory addresses ("<_io.BytesIO object at 0x…>"), which say nothing to a user.
-    reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error)
+    reason = "it is no image that Pillow knows" if isinstance(error, UnidentifiedImageError) else str(error).rstrip(".")
+    what = "Shrink" if isinstance(error, Image.DecompressionBombError) else "Replace"
     return InputError(
         f"the image cannot be decoded: {reason}",
         where=where,
         field=field,
-        remedy="Replace the file, or set prepare.on_bad: drop",
+        remedy=f"{what} the file, or set prepare.on_bad: drop",
     )

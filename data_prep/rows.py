@@ -38,6 +38,14 @@ class RawSample:
 
 def parse_row(row: Any, where: str) -> RawSample:
     """Read one row of any of the layouts. Raises `InputError` that names the field and what to do about it."""
+    try:
+        return _parse(row, where)
+    except InputError as error:
+        remedy = error.remedy or "Correct it, or set prepare.on_bad: drop"
+        raise InputError(error.problem, where=error.where, field=error.field, remedy=remedy) from None
+
+
+def _parse(row: Any, where: str) -> RawSample:
     if not isinstance(row, dict):
         raise InputError(f"a sample is an object, not a {type(row).__name__}", where=where)
     identity = row.get("id") if row.get("id") is not None else row.get("question_id")
@@ -124,7 +132,8 @@ class _Turns:
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise InputError("has no text", where=self.where, field=field)
+            problem = "has no text" if content is None else f"is {str(content)[:60]}, not a text"
+            raise InputError(problem, where=self.where, field=field, remedy="Write it as a text, in quotation marks")
         pieces = []
         for part in content:
             kind = part.get("type") if isinstance(part, dict) else None
@@ -194,7 +203,7 @@ def _check_turns(prompt: list[Message], completion: list[Message], has_images: b
 
 
 def _as_turns(value: Any, role: str) -> Any:
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
+    return value if isinstance(value, list | dict) else [{"role": role, "content": value}]
 
 
 def _images(row: dict[str, Any], where: str) -> list[str | bytes | Image.Image]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from mcit.data_prep.errors import InputError, no_room
+from mcit.data_prep.errors import InputError, not_written
 from mcit.data_prep.files import hash_json, read_json
 from mcit.data_prep.schema import Config
 
@@ -286,12 +286,12 @@ def main() -> None:
             first = error.errors()[0]
             raise InputError(first["msg"], where=options.cells, field=".".join(map(str, first["loc"]))) from None
         sys.path += wanted.modules  # last: a folder of theirs may be called like a library
-        try:
-            evaluate_cells(options.run, wanted.cells, wanted.config)
-        except OSError as error:
-            raise no_room(error, options.run / "predictions") from error
+        evaluate_cells(options.run, wanted.cells, wanted.config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Exception as error:
+        print(f"error: {not_written(error, options.run / 'predictions')}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -122,7 +122,8 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     except FileNotFoundError:
         raise InputError("no such file", where=path) from None
     except SafetensorError as error:
-        raise InputError(f"is not a safetensors file: {error}", where=path) from None
+        remedy = "Fetch it again; of a run, remove the stage's folder, and it is trained again"
+        raise InputError(f"is not a safetensors file: {error}", where=path, remedy=remedy) from None
 
 
 def _own(patterns: dict[str, float], name: str, default: float) -> float:

@@ -3,11 +3,12 @@
 Exit codes: 0 done, 2 bad input (one line says which), 1 our fault, 75 asked to stop (by SLURM, say), 130 interrupted.
 """
 
+import logging
 import sys
 
 import typer
 
-from mcit.data_prep.errors import InputError, no_room
+from mcit.data_prep.errors import InputError, not_written
 
 from .verbs import data, judge, plan, publish, runs, tools
 
@@ -48,6 +49,8 @@ def main() -> None:
     from .run.preemption import EXIT_CODE, Preempted, preemptible
     from .run.redaction import redact
 
+    # bitsandbytes, which PEFT imports, recommends a package for speed on a CPU to whoever asks for a list of methods.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with preemptible():
             app()
@@ -57,12 +60,12 @@ def main() -> None:
     except ChildFailed as error:
         print(error, file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        print(f"error: {no_room(error)}", file=sys.stderr)
-        sys.exit(2)
     except Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(EXIT_CODE)
+    except Exception as error:
+        print(f"error: {not_written(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -91,6 +91,16 @@ def test_too_long_names_sample_tokens_limit_and_remedy(folder: Path, processor) 
         check_samples(folder, processor, 60)
 
 
+def test_what_does_not_fit_the_model_is_not_told_to_raise_a_limit(folder: Path, processor, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"only 60 fit into the base model's context\. Shorten it, lower base_model\."):
+        check_samples(folder, processor, 4096, None, 60)
+    with pytest.raises(InputError, match=r"only 50 fit\. Raise train\.max_length"):
+        check_samples(folder, processor, 50, None, 60)
+    text = task_folder(tmp_path, [{"id": "x", "prompt": "word " * 99, "completion": "a"}])
+    with pytest.raises(InputError, match=r"into the base model's context\. Shorten it, or set prepare\.on_bad: drop"):
+        check_samples(text, processor, None, None, 60)
+
+
 def test_dropping_what_does_not_fit(folder: Path, processor, tmp_path: Path) -> None:
     smaller, fit = fit_task(folder, processor, 60, on_bad="drop", cache=tmp_path / "cache")
     kept = {sample["id"] for sample in read_samples(smaller, "train")}

@@ -7,13 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from mcit.data_prep.errors import not_written
 from mcit.pipeline import cli
 from mcit.pipeline.recipe.layers import RECIPES
 from mcit.pipeline.recipe.loading import load_recipe, write_recipe
+from mcit.pipeline.recipe.text import parse_yaml
 from mcit.pipeline.run import doctor
 from mcit.pipeline.run.terminal import condensed
 
@@ -94,6 +97,53 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(mcit, tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
 
 
+WITHOUT_ROOM = """
+import resource, sys
+import torch
+from safetensors.torch import save_file
+from mcit.data_prep.errors import not_written
+
+tensor = torch.zeros(100_000)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try:
+    save_file({"a": tensor}, sys.argv[2]) if sys.argv[1] == "safetensors" else torch.save(tensor, sys.argv[2])
+except Exception as error:
+    print(not_written(error, "here"))
+"""
+
+
+@pytest.mark.parametrize("library", ["safetensors", "torch"])
+def test_weights_for_which_there_is_no_room_are_one_line(library, tmp_path):
+    """Neither library raises an `OSError`."""
+    command = [sys.executable, "-c", WITHOUT_ROOM, library, tmp_path / "weights"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.fullmatch(r"here: (File too large|No space left on device)\. Make room and run it again: .*\n", out)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(mcit, tmp_path, monkeypatch):
+    make = Path.mkdir
+
+    def closed(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.name == "closed":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", closed)
+    (tmp_path / "in.jsonl").write_text('{"prompt": "Is it red? Answer yes or no.", "completion": "Yes"}')
+    code, _, err = mcit("asd", tmp_path / "in.jsonl", tmp_path / "closed" / "out.jsonl")
+    assert (
+        code == 2
+        and err == f"error: {tmp_path}/closed: Read-only file system. Look at its permissions, or name another place\n"
+    )
+
+
+def test_other_errors_keep_their_traceback():
+    for error in (OSError(errno.EIO, "I/O error"), RuntimeError("no room for doubt"), ValueError()):
+        with pytest.raises(type(error)) as caught:
+            not_written(error)
+        assert caught.value is error
+
+
 def test_score(mcit, tmp_path):
     lines = [{"id": 1, "response": "B", "references": ["B"]}, {"id": 2, "response": "C", "references": ["B"]}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -109,6 +159,10 @@ def test_score(mcit, tmp_path):
         (["metrics", "nowhere.json"], "error: nowhere.json: no such file\n"),
         (["run", "mini/sequential", "trian.x=1"], "error: command line: trian: unknown key. Did you mean `train`?\n"),
         (["run", "mini/sequentia"], "error: mini/sequentia: no such recipe. Did you mean `mini/sequential`?\n"),
+        (
+            ["run", "my.yaml"],
+            "error: my.yaml: no such file. Name a recipe file, a packaged recipe, or a run's folder\n",
+        ),
         (["run", "mini/sequential", "--launch", "zero7"], None),
         (["status", "nowhere"], None),
         (["report", "nowhere"], None),
@@ -155,7 +209,13 @@ def test_methods(mcit):
     assert code == 0
     assert found["reglora"]["keeps"] == "nothing" and "2505.02486" in found["reglora"]["paper"]
     assert list(found["sefe"]["expands_to"]) == ["asd", "reglora"]
-    assert "RegLoRA" in mcit("methods")[1] or "reglora" in mcit("methods")[1]
+    lines = mcit("methods")[1].splitlines()
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert names == list(found), "a name runs into what stands behind it"
+    settings = [parse_yaml(line, "") for line in lines if line.strip().startswith("{")]
+    assert settings == [row["settings"] for row in found.values() if "settings" in row], (
+        "they can be pasted into a recipe"
+    )
 
 
 def test_status_of_a_run_that_has_not_begun(mcit, tmp_path):

@@ -47,6 +47,17 @@ def test_steps_and_tokens_are_those_that_were_trained_and_disk_is_near(run):
     assert found["stages"][1]["memory"]["past"] > found["stages"][0]["memory"]["past"] == 0
 
 
+def test_general_tasks_are_asked_and_trained_nowhere(run):
+    plain = planned(run)
+    general = planned(run, f"eval.general=[{{name: beside, test: {run.parent / 'clinic-first.json'}, style: short}}]")
+    assert general["tokens"] == plain["tokens"] and general["answers"] > plain["answers"]
+
+
+def test_what_several_stages_rest_on_is_said_once(run):
+    [note] = planned(run, measured=False)["notes"]
+    assert note.startswith("stage 1, stage 2, answers: time not known. Train a stage with prepare.limit.train=64")
+
+
 def test_generations_of_grpo_are_counted(run):
     """6 prompts, 2 at a time with 2 completions each: 3 batches an epoch, 12 completions."""
     grpo = ["train.paradigm=rft", "train.reference=none", "train.global_batch_size=4", "method={}"]

@@ -200,6 +200,10 @@ def test_ids_given_or_from_content(tmp_path: Path) -> None:
     (tmp_path / "test.json").write_text(json.dumps([row("q9", "9", id="t")]))
     ids = [s["id"] for s in read_samples(prepare(tmp_path, images=None, test="test.json", style="number"), "train")]
     assert ids[0] == "a" and ids[1] != "b" and ids[2] != "b" and ids[1] != ids[2]
+    note = "train: 2 samples have an id that others have too, and get their own"
+    assert note in read_task(prepare(tmp_path, images=None, test="test.json", style="number"))["notes"]
+    scored = read_task(prepare(tmp_path, images=None, train=None, test="train.json", style="number"))
+    assert scored["counts"]["train"] == 0 and note.replace("train", "test") in scored["notes"]
     (tmp_path / "test.json").write_text(json.dumps([row("q9", "9", id="a")]))
     folder = prepare(tmp_path, images=None, test="test.json", style="number")
     assert [read_samples(folder, part)[0]["id"] for part in ("train", "test")] == ["a", "a"]  # two files count apart
@@ -339,7 +343,7 @@ def test_an_absolute_path_inside_the_image_folder_is_fine(data: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "fields", "message"),
     [
-        ([], {}, "the train part is empty"),
+        ([], {}, r"^t: train\.json: the train part is empty"),
         ([row("q", "1")], {}, "no test set can be split off"),
         ([row("q", "1"), row("r", "2")], {"test": 1.5}, "no share between 0 and 1"),
         ([row("q", "red"), row("r", "2")], {"test": "train.json", "style": "bbox"}, "2 of 2 train answers do not have"),

@@ -1,6 +1,7 @@
 """Readers: every layout into the same raw sample, and one clear line for everything malformed."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.readers import is_function, load_function, read_rows, source_identity
 from mcit.data_prep.rows import RawSample, parse_row
+from mcit.data_prep.schema import TaskConfig
 
 
 def read(path: Path) -> list[RawSample]:
@@ -220,7 +222,10 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         (llava("", "a"), r"turn 1 \(user\) is empty"),
         ({"conversations": [{"from": "gpt", "value": "a"}]}, "do not alternate"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, r"conversations\[0\]: unknown role 'robot'"),
-        ({"conversations": [{"from": "human", "value": 3}]}, r"conversations\[0\]: has no text"),
+        ({"conversations": [{"from": "human", "value": None}]}, r"conversations\[0\]: has no text"),
+        (llava("q", 7), r"conversations\[1\]: is 7, not a text\. Write it as a text"),
+        ({"prompt": "q", "completion": 7.5}, r"completion\[0\]: is 7\.5, not a text\. Write it as a text"),
+        ({"prompt": "q", "completion": {"role": "assistant", "content": "a"}}, "completion: is not a list of turns"),
         ({"conversations": "hello"}, "conversations: is not a list of turns"),
         ({"conversations": ["hello"]}, r"conversations\[0\]: is not an object"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "unknown content part"),
@@ -237,8 +242,20 @@ def test_bad_rows_name_place_field_and_remedy(row: object, message: str) -> None
     with pytest.raises(InputError, match=message) as caught:
         parse_row(row, "d.json: sample 3")
     assert str(caught.value).startswith("d.json: sample 3") and "\n" not in str(caught.value)
+    assert caught.value.remedy
 
 
 def test_errors_name_the_sample_id() -> None:
     with pytest.raises(InputError, match=r"^d.json: sample 3 \(id x7\): "):
         parse_row(llava("q", id="x7"), "d.json: sample 3")
+
+
+def test_the_rows_that_the_docs_show_are_read() -> None:
+    shown = Path(__file__).parents[1].joinpath("docs/data.md").read_text().split("## Your own data")[1]
+    rows = [json.loads(row) for row in shown.split("```json\n")[1].split("```")[0].splitlines()]
+    samples = [parse_row(row, "docs/data.md") for row in rows]
+    assert [len(sample.images) for sample in samples] == [1, 2, 0, 1, 1, 1]
+    assert [len(sample.completion) for sample in samples] == [1, 3, 1, 1, 1, 1]
+    assert [sample.completion[0]["content"] for sample in samples].count("12.50") == 4
+    keys = re.findall(r"^\| (`.*?) \|", shown.split("| key |")[1].split("\n\n")[0], re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(keys))) == TaskConfig.model_fields.keys() - {"name"}

@@ -117,6 +117,18 @@ def test_nothing_lost_is_said_too():
     assert headline(kept) == "No task lost anything by the last stage."
 
 
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        ([[10.0, 25.0], [None, None], [None, None]], "No task has been learned and scored yet."),
+        ([[10.0, 25.0], [90.0, None], [None, 80.0]], "No task has been scored again since it was learned."),
+        ([[10.0, 25.0], [90.0, None], [None, None]], "No task has been scored again since it was learned."),
+    ],
+)
+def test_a_run_that_cannot_tell_yet_claims_nothing(matrix, words):
+    assert headline(_results() | {"matrix": matrix}) == words
+
+
 def test_the_words_say_how_the_old_answers_are_wrong():
     words = " ".join(sentences(_results()))
     assert "85.0" in words and "55.0" in words
@@ -129,6 +141,14 @@ def test_the_words_do_not_blame_style_when_knowledge_went():
     results["verdicts"][2][0] = _shares(correct=0.3, wrong_content=0.7)
     words = " ".join(sentences(results))
     assert "knowledge, not style" in words and "foreign answer style" not in words
+
+
+def test_the_words_name_no_loss_where_nothing_was_lost():
+    results = _results() | {"matrix": [[10.0, 25.0], [30.0, None], [30.0, 80.0]]}
+    results["verdicts"][2][0] = _shares(correct=0.3, wrong_content=0.7)
+    words = " ".join(sentences(results))
+    assert "70 % of the final answers are wrong" in words
+    assert "lost" not in words and "foreign answer style" not in words
 
 
 def difference(value: float, low: float, high: float) -> dict:
@@ -183,6 +203,23 @@ def with_everything() -> dict:
             "mean_nll": [0.25, None, 3.5],
         },
     }
+
+
+def test_where_no_task_can_be_split_the_page_says_why_and_shows_no_empty_map(run):
+    nothing = [[None, None]] * 3
+    write_json(
+        run / "results.json",
+        _results()
+        | {
+            "constrained": {"shown": nothing, "known": nothing},
+            "forgetting": {"tasks": {}, "mean": None, "left_out": {"digits": "its answers are no closed set"}},
+        },
+    )
+    page = write_report([run]).read_text()
+    assert "not split: its answers are no closed set" in page
+    assert "<th>loss</th>" not in page and "Recoverable" not in page
+    assert page.count('class="heat"') == 1, "the scores alone"
+    assert "Lost since learned" not in (run / "report" / "report.md").read_text()
 
 
 def test_what_was_asked_beside_the_matrix_is_shown(run, tmp_path):
@@ -250,6 +287,21 @@ def test_the_markdown_says_the_same(run):
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables), "a row of a table broke off"
     assert "<" not in text, "nothing that a model said belongs into a model card"
+
+
+def test_a_page_is_made_without_the_pictures_that_are_gone(run):
+    (run / "data" / "digits" / "images" / "0.png").unlink()
+    (run / "data" / "counting" / "images" / "0.png").write_bytes(b"no picture any more")
+    answers = json.loads(re.search(r"const runs = (.*);\n", write_report([run]).read_text())[1])
+    shown = [question["images"] for task in answers[0]["tasks"].values() for question in task["questions"]]
+    assert len(shown) == 4 and all(images[0].startswith("data:image/svg+xml") for images in shown)
+
+
+def test_a_copy_without_its_data_says_how_to_have_them(run):
+    shutil.move(run / "data" / "digits", run / "elsewhere")
+    (run / "data" / "digits").symlink_to(run / "cache-of-another-machine")
+    with pytest.raises(InputError, match=r"data/digits: is not there\. Is the run a copy.*mcit prepare"):
+        write_report([run])
 
 
 def test_a_run_without_results_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """The sequence runner on the real parts: killed, continued, changed, locked. The tiny model learns nothing here."""
 
+import errno
 import json
 import os
 import shutil
@@ -256,6 +257,25 @@ def kill_when(process: subprocess.Popen[bytes], condition: Callable[[], object])
     assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()
+
+
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, "check settings: interrupted; what is done is kept, the same command"),
+        (OSError(errno.ENOSPC, "full"), InputError, "run: No space left on device. Make room and run it again"),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_so_and_how_to_continue(folder, monkeypatch, error, raised, words):
+    def fail(*_: object) -> None:
+        raise error
+
+    terminal = quiet()
+    run = open_run(folder)
+    monkeypatch.setattr(run, "perform", fail)
+    with pytest.raises(raised) as caught:
+        perform_steps(run, run.steps(), terminal)
+    assert words in f"{terminal.console.export_text()}{caught.value}"
 
 
 def test_a_killed_run_continues_from_the_last_finished_step(folder):

@@ -2,6 +2,9 @@
 
 import json
 import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json
 from mcit.eval.metrics import continual_metrics
 from mcit.eval.report.sweep import write_sweep_report
-from mcit.eval.report.words import shown
+from mcit.eval.report.words import METRICS, shown
 from mcit.eval.results import read_results
 from mcit.eval.stats import mean_interval
 from mcit.eval.sweep import assemble_sweep, is_sweep, read_sweep
@@ -174,9 +177,29 @@ def test_a_page_of_sweeps_and_runs(tmp_path):
     page = write_sweep_report([tmp_path / "sweep", tmp_path / "run"], tmp_path / "page").read_text()
     assert "&lt;b&gt;sweep" in page and "<b>sweep" not in page
     assert f"<td>{shown(sweep['metrics']['MFN'])}</td><td>77.5</td>" in page
+    assert '<td class="text"><small></small>' not in page, "a metric without a meaning"
     assert page.count('class="learned"') == 4 and (tmp_path / "page" / "matrix.png").stat().st_size > 5000
     with pytest.raises(InputError, match="no results yet"):
         read_sweep(tmp_path)
+
+
+@pytest.mark.system
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium; .ci/run installs it")
+def test_the_page_of_sweeps_is_no_wider_than_a_phone(tmp_path):
+    """Tables scroll by themselves; the page that holds them does not."""
+    runs = [(f"seed-{seed}", "x", results(seed)) for seed in (0, 1)]
+    for _, _, result in runs:
+        result["metrics"] = dict.fromkeys(METRICS, 55.0)
+    write_json(tmp_path / "sweep" / "results.json", assemble_sweep("a-sweep-of-two-runs", runs))
+    page = write_sweep_report([tmp_path / "sweep"], tmp_path / "page")
+    with page.open("a") as file:
+        file.write("<script>document.title = `${document.documentElement.scrollWidth} of ${innerWidth}`</script>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'chromium'}"]
+    command = ["chromium", *flags, "--window-size=500,900", "--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    found = re.search(r"<title>(\d+) of (\d+)</title>", dom)
+    assert found and int(found[1]) <= int(found[2])
 
 
 def test_sweeps_against_each_other_are_paired_by_seed(tmp_path, monkeypatch):

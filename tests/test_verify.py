@@ -207,13 +207,13 @@ def jpeg(image: Image.Image, **options: Any) -> bytes:
         (b"", "no image that Pillow knows"),
         (jpeg(scene(1))[:-900], "truncated"),
         (b"PK\x03\x04 an archive with pictures", "is an archive, not an image"),
-        (bomb(), "decompression bomb"),
+        (bomb(), "decompression bomb DOS attack. Shrink the file"),
     ],
 )
 def test_an_image_that_cannot_be_used(content: bytes, words: str, data: Path) -> None:
     (data / "img" / "3.png").write_bytes(content)
     problem = only(data, "image")
-    assert words in problem.problem and problem.sample == "s3" and problem.remedy
+    assert words in f"{problem.problem}. {problem.remedy}" and problem.sample == "s3" and problem.remedy
     assert str(data / "img" / "3.png") in problem.problem and problem.where.endswith("sample 4 (id s3)")
 
 

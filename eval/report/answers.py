@@ -8,9 +8,9 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
+from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
+from mcit.data_prep.images import load_image
 
 QUESTIONS = 24  # of each task: a page of five tasks with small pictures is some 700 kB
 _LONGEST = 2000  # characters of an answer; the predictions file has all of it
@@ -50,6 +50,11 @@ def choose(before: Rows, after: Rows, count: int = QUESTIONS) -> list[str]:
 def _questions(run: Path, task: str, stages: Mapping[int, Rows], learned: int) -> list[dict[str, Any]]:
     last = stages[max(stages)]
     folder = run / "data" / task
+    if not folder.exists():
+        remedy = (
+            f"Is the run a copy? It has links to prepared data: `mcit prepare {run}` makes them anew, `cp -L` copies"
+        )
+        raise InputError("is not there", where=folder, remedy=remedy)
     samples = {sample["id"]: sample for sample in read_jsonl(folder / "test.jsonl")}
     root = folder / read_json(folder / "task.json")["image_root"]
     return [
@@ -75,9 +80,11 @@ def _predictions(run: Path, k: int, task: str) -> Path:
 
 
 def thumbnail(path: Path) -> str:
-    """An image as a data URI."""
-    with Image.open(path) as file:
-        image = file.convert("RGB")
+    """An image as a data URI; one that says so where the image is gone."""
+    try:
+        image = load_image(path)
+    except InputError:
+        return _GONE
     image.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=85)
@@ -87,3 +94,10 @@ def thumbnail(path: Path) -> str:
 def data_uri(kind: str, content: bytes) -> str:
     """`content` inside an address, so that the page needs no other file."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+_GONE = data_uri(
+    "image/svg+xml",
+    b'<svg xmlns="http://www.w3.org/2000/svg" width="128" height="128"><rect width="128" height="128" fill="#eee"/>'
+    b'<text x="64" y="68" text-anchor="middle" font-family="sans-serif" font-size="13">image is gone</text></svg>',
+)

@@ -52,7 +52,7 @@ def reasoning_heatmap(result: Mapping[str, Any]) -> Heatmap | None:
 
 
 def loss_heatmaps(result: Mapping[str, Any]) -> list[Heatmap]:
-    """What each task has lost since it was learned, after each stage, above chance; none without constrained answers.
+    """What each task has lost since it was learned, after each stage, above chance; none where no task can be split.
 
     With shown and known as in `mcit.eval.forgetting`: essential is what known has fallen by, superficial is what shown
     has fallen by beyond that.
@@ -70,6 +70,8 @@ def loss_heatmaps(result: Mapping[str, Any]) -> list[Heatmap]:
                 shown_then, shown_now, known_then, known_now = found
                 losses["essential"][k][place] = known_then - known_now
                 losses["superficial"][k][place] = (shown_then - shown_now) - (known_then - known_now)
+    if all(loss is None for row in losses["essential"] for loss in row):
+        return []
     return [_heatmap(result, name, table) for name, table in losses.items()]
 
 

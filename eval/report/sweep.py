@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
 
 from mcit.data_prep.files import atomic_open
 
@@ -21,14 +22,16 @@ def write_sweep_report(paths: list[Path], out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     matrices = [(sweep["name"], matrix) for sweep in sweeps for matrix in sweep["matrices"]]
     write_matrix_image([_means(name, matrix) for name, matrix in matrices], out / "matrix.png")
+    here = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["j2"]), undefined=StrictUndefined
+        loader=FileSystemLoader(here), autoescape=select_autoescape(["j2"]), undefined=StrictUndefined
     )
-    names = dict.fromkeys(metric for sweep in sweeps for metric in sweep["metrics"])
+    names = {metric for sweep in sweeps for metric in sweep["metrics"]}
     page = environment.get_template("sweep.html.j2").render(
         title=" · ".join(sweep["name"] for sweep in sweeps),
+        style=Markup((here / "style.css").read_text(encoding="utf-8")),
         sweeps=sweeps,
-        metrics={metric: METRICS.get(metric, "") for metric in names},
+        metrics={metric: meaning for metric, meaning in METRICS.items() if metric in names},
         shown=shown,
     )
     with atomic_open(out / "index.html") as file:

@@ -1,7 +1,7 @@
 """What happened in a run, in words: what its figures mean, and the sentences that a page or a card begins with."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..stats import Interval
@@ -70,7 +70,7 @@ def headline(result: Mapping[str, Any]) -> str:
     """One sentence: which task was forgotten most, when, and whether it was form or knowledge that went."""
     drop = worst_drop(result)
     if drop is None:
-        return "No task lost anything by the last stage." if len(result["tasks"]) > 1 else "One task was learned."
+        return _nothing_lost([len(_since_learned(result, i)) for i in range(len(result["tasks"]))])
     when = f"mostly after stage {drop.stage} ({drop.stage_name})"
     return f"Forgot most: {drop.task}, from {drop.learned:.1f} to {drop.final:.1f}, {when}{_nature(result, drop.task)}."
 
@@ -173,11 +173,25 @@ def _engines(result: Mapping[str, Any]) -> dict[str, str]:
     return {**lines, "largest log-prob gap to transformers": f"{max(gaps):.1e} nats"} if gaps else lines
 
 
+def _nothing_lost(looks: Sequence[int]) -> str:
+    """What to say where no loss was seen; `looks`: how often each task was scored from the stage that learned it on."""
+    if max(looks, default=0) > 1:
+        return "No task lost anything by the last stage."
+    if not any(looks):
+        return "No task has been learned and scored yet."
+    return "One task was learned." if len(looks) == 1 else "No task has been scored again since it was learned."
+
+
+def _since_learned(result: Mapping[str, Any], place: int) -> list[tuple[int, float]]:
+    """(row, score) of a task from the stage that learned it on."""
+    learned = result["learned"].get(result["tasks"][place]["name"])
+    rows = [r for r, stage in enumerate(result["stages"]) if learned is not None and stage["k"] >= learned]
+    return [(r, result["matrix"][r][place]) for r in rows if result["matrix"][r][place] is not None]
+
+
 def _drop(result: Mapping[str, Any], place: int) -> Drop | None:
-    task, matrix, stages = result["tasks"][place]["name"], result["matrix"], result["stages"]
-    learned = result["learned"].get(task)
-    rows = [r for r, stage in enumerate(stages) if learned is not None and stage["k"] >= learned]
-    column = [(r, matrix[r][place]) for r in rows if matrix[r][place] is not None]
+    task, stages = result["tasks"][place]["name"], result["stages"]
+    column = _since_learned(result, place)
     if len(column) < 2 or column[-1][1] >= column[0][1]:
         return None
     _, row = max((before[1] - after[1], after[0]) for before, after in itertools.pairwise(column))
@@ -225,6 +239,8 @@ def _old_answers(result: Mapping[str, Any]) -> str | None:
             f"{text} Above chance they lost {loss:.1f} points: {essential:.1f} are essential, gone from answers held "
             f"to the form too; {superficial:.1f} are superficial."
         )
+    if not worst_drop(result):
+        return text
     if shares["wrong_format"] + shares["wrong_both"] > wrong / 2:
         return f"{text} Most of them are in a foreign answer style, which is what ASD is made against."
     return f"{text} Most of them have the right form: knowledge, not style, is what was lost."

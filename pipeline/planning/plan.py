@@ -1,5 +1,6 @@
 """`mcit plan`: what a run will take, and what of it will not fit, as plain data."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -81,7 +82,7 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     """Plan a run; its data are prepared on the way, in the cache. `measured` are earlier runs. Raises `InputError`."""
     from ..stage.entering import load_processor  # here: needs trl
 
-    base, notes = recipe.base_model, list[str]()
+    base, basis = recipe.base_model, defaultdict[str, list[str]](list)  # what times rest on, of which lines
     start = find_start(recipe.start_from) if recipe.start_from else None
     entering, behind = (start.entering_rank, start.stages) if start else (0, 0)
     prepared = prepare(recipe, load_processor(base))
@@ -99,17 +100,20 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
             if pace is None and machine.tflops is not None and phase == "sft":
                 pace = assumed_training(shapes.parameters, machine.tflops, _checkpointing(counted, phase))
             rows.append(_row(counted, phase, work, memory, host, pace, methods))
-            notes.append(f"stage {outlook.stage.k}: {_basis(pace, 'tokens' if phase == 'sft' else 'completions')}")
+            basis[_basis(pace, "tokens" if phase == "sft" else "completions")].append(f"stage {outlook.stage.k}")
         known.append(counted)
     asked, pace = answers(recipe, prepared), measured_answers(measured, base_hash)
     questions = judged(recipe, prepared)
     ranks = _served_ranks(recipe, known)
-    longest = max(max(lengths.values()) for lengths in prepared.lengths.values())
+    longest = max(
+        tokens for lengths in prepared.lengths.values() for tokens in lengths.values()
+    )  # a task may train none
     engine = engine_memory(recipe, shapes, max((one.width for one in known), default=0), ranks, longest)
     times = [row["seconds"] for row in rows]
     answer_seconds = round(pace.seconds(asked.answers), 1) if pace else None
     total = sum(time for time in times if time is not None) + (answer_seconds or 0.0)
-    notes.append(f"answers: {_basis(pace, 'answers')}")
+    basis[_basis(pace, "answers")].append("answers")
+    notes = [f"{', '.join(dict.fromkeys(lines))}: {text}" for text, lines in basis.items()]
     if recipe.sweep:
         notes.append(f"all figures are of one of the sweep's {len(list(members(recipe)))} runs")
     found = Plan(
@@ -128,7 +132,7 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
         disk=_disk(recipe, known, prepared, shapes),
         seconds=round(total, 1) if None not in times and answer_seconds is not None else None,
         answer_seconds=answer_seconds,
-        notes=list(dict.fromkeys([*notes, *_copies(ranks)])),
+        notes=[*notes, *_copies(ranks)],
         misfits=[],
     )
     found["misfits"] = misfits(found, machine.gpu_memory)
@@ -229,7 +233,10 @@ def _copies(ranks: Sequence[int]) -> Iterator[str]:
 
 def _basis(pace: Pace | None, units: str) -> str:
     if pace is None:
-        return "time not known. Name runs with the same base that were measured: --measured RUN"
+        how = (
+            "Train a stage with prepare.limit.train=64 and plan again, or name runs with the same base: --measured RUN"
+        )
+        return f"time not known. {how}"
     if not pace.measured:
         return "time assumed from the peak of the GPU, at the share of it that an H100 was seen to reach"
     each = f"{1000 * pace.each:.3g} ms each of the {units}, {pace.start:.1f} s to start"

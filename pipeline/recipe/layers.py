@@ -102,6 +102,8 @@ def find_recipe(name: str | Path) -> Path:
     packaged = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in _packaged()}
     if str(name) in packaged:
         return packaged[str(name)]
+    if path.suffix in (".yaml", ".yml"):
+        raise InputError("no such file", where=name, remedy="Name a recipe file, a packaged recipe, or a run's folder")
     raise InputError("no such recipe", where=name, remedy=_known(str(name), packaged, "Packaged recipes"))
 
 

@@ -143,10 +143,7 @@ class Preparing(RunDirectory):
             longest, notes = {}, []
             for task, step in pairs:
                 show(f"tokens of {task.name}")
-                limits = [
-                    min(given or context, context)
-                    for given in (recipe.max_length(task.name), recipe.eval.max_model_len)
-                ]
+                limits = recipe.max_length(task.name), recipe.eval.max_model_len, context
                 folder, fit = fit_task(
                     folder_of(step), processor, *limits, on_bad=recipe.prepare.on_bad, cache=cache_dir()
                 )

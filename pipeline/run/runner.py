@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcit.data_prep.errors import InputError
+from mcit.data_prep.errors import InputError, not_written
 from mcit.data_prep.files import write_json
 from mcit.data_prep.hub import is_pinned, pin, same_dataset
 from mcit.data_prep.places import PATHS
@@ -58,16 +58,21 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
     if before and bool(before.get("sweep")) != bool(recipe.sweep):
         kinds = ("a sweep", "a run of its own") if recipe.sweep is None else ("a run of its own", "a sweep")
         raise InputError(f"holds {kinds[0]}, and this is {kinds[1]}", where=run_dir, remedy="Set another --run-dir")
-    _check_files(recipe)
-    _check_batches(recipe, launch)
-    for stage in recipe.stages:
-        check_mode(recipe, stage, _methods(recipe, stage), launch.mode)
-    _check_judge(recipe)
+    check_recipe(recipe, launch)
     recipe.base_model = _pinned(recipe.base_model, run_dir)
     _pin_data(recipe, run_dir)
     if recipe.start_from is not None:
         recipe.start_from = pin_start(recipe.start_from, (before or {}).get("start_from"))
     return before
+
+
+def check_recipe(recipe: Recipe, launch: Launch) -> None:
+    """Refuse what can be seen without reading data or loading a model. Raises `InputError`."""
+    _check_files(recipe)
+    _check_batches(recipe, launch)
+    for stage in recipe.stages:
+        check_mode(recipe, stage, _methods(recipe, stage), launch.mode)
+    _check_judge(recipe)
 
 
 def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
@@ -76,8 +81,15 @@ def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
         if changed := step.changed():
             following = " and what follows" if step.name.startswith("train/") else ""
             terminal.say(f"{step.title}{following}: again, because this changed: {', '.join(changed[:5])}", "yellow")
-        with terminal.working(step.title) as show:
-            marker, did = run.perform(step, show)
+        try:
+            with terminal.working(step.title) as show:
+                marker, did = run.perform(step, show)
+        except KeyboardInterrupt:
+            kept = "what is done is kept, the same command goes on from here"
+            terminal.say(f"{step.title}: interrupted; {kept}", "yellow")
+            raise
+        except OSError as error:
+            raise not_written(error, run.dir) from None
         terminal.finished(step.title, marker["seconds"] if did else None, *(_details(step, marker) if did else ()))
         if did:
             write_json(run.dir / "environment.json", environment() | {"launch": str(run.launch.config)})

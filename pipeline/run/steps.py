@@ -5,8 +5,10 @@ resolved recipe, the data it trains on, and the policy and method state it enter
 Steps need those before them, and so do the files they are in: `preparing`, `tuning`, `measuring`, and this one.
 """
 
+import contextlib
 from collections.abc import Iterable
 
+from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import hash_json, read_json
 from mcit.eval.gathering import assemble_results
 from mcit.eval.results import write_results
@@ -49,8 +51,10 @@ class Run(Measuring):
                 judge=recipe.eval.judge,
                 recipe_hash=hash_json(effective),
             )
-            if not path.exists() or read_json(path) != results:
-                write_results(self.dir, results)
+            with contextlib.suppress(InputError):  # a file that is missing or damaged is written anew
+                if read_json(path) == results:
+                    return {"hash": hash_json(results)}
+            write_results(self.dir, results)
             return {"hash": hash_json(results)}
 
         return Step("results", "results", self._marker("results"), path.exists, inputs, work, again=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mcit.data_prep.errors import InputError
+from mcit.data_prep.errors import InputError, not_written
 from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json, write_jsonl
 from mcit.data_prep.prepare import read_task
 from mcit.eval.serving import write_serving
@@ -80,6 +80,9 @@ def main(phase: Phase, make_trainer: MakeTrainer) -> None:
     except torch.OutOfMemoryError as error:
         remedy = f"Lower train.{phase}.args.per_device_train_batch_size: the global batch stays what it is"
         print(f"error: {str(error).splitlines()[0]} {remedy}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except Exception as error:
+        print(f"error: {not_written(error, options.run_dir or options.recipe)}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

@@ -131,7 +131,7 @@ def verify(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the whole report there, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Find everything that would make training or scoring fail later. Exits 2 if there is anything.
+    """Find everything that would make training or scoring fail later. Exits 2 if there are errors.
 
     Decodes every image, counts every token, looks for what is tested on in any training data of the stream.
 

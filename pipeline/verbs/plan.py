@@ -39,15 +39,21 @@ def plan(
 
     Example: `mcit plan coin/sefe data=/data/CoIN --gpu-memory 24`
     """
+    from mcit.eval.hashing import hub_commit
+
     from ..planning.plan import Machine, known_runs
     from ..planning.plan import plan as plan_run
     from ..recipe.loading import load_recipe
     from ..run.doctor import gpu_gib
+    from ..run.runner import check_recipe
     from ..run.step import Launch
     from ..run.terminal import Terminal
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
     machine = Machine(Launch.named(launch, gpus), gpu_memory or gpu_gib(), tflops)
+    check_recipe(loaded, machine.launch)
+    if not Path(loaded.base_model.path).is_dir():
+        hub_commit(loaded.base_model.path, loaded.base_model.revision)  # or one line says why there is none
     terminal = Terminal()
     with terminal.working("plan"):
         found = plan_run(loaded, machine, known_runs(measured or []))
@@ -58,25 +64,26 @@ def plan(
 
 
 def _show(found: "Plan", terminal: "Terminal") -> None:
+    generates = any(row["generations"] for row in found["stages"])
     rows = [
         (
             f"{row['stage']} {row['name']} ({row['paradigm']})",
             row["samples"],
             row["steps"],
             row["tokens"],
-            row["generations"] or None,
+            *([row["generations"] or None] if generates else []),
             f"{row['memory_total'] / _GIB:.2f}",
             f"{row['host_memory'] / _GIB:.1f}",
             _time(row["seconds"]),
         )
         for row in found["stages"]
     ]
-    columns = ("stage", "samples", "steps", "tokens", "generations", "GiB a process", "main memory", "time")
-    terminal.table(f"{found['name']}: training", columns, rows)
+    columns = ["stage", "samples", "steps", "tokens", *(["generations"] if generates else []), "memory", "RAM", "time"]
+    terminal.table(f"{found['name']}: training (memory and RAM: GiB of each process)", columns, rows)
+    again = f", up to {found['answers_again']} more in other ways" if found["answers_again"] else ""
     terminal.say(
-        f"evaluation: {found['answers']} answers, up to {found['answers_again']} more in other ways, of "
-        f"{found['answer_tokens']} tokens in all at most, vLLM in {found['engine_memory_total'] / _GIB:.2f} GiB at the "
-        f"least; {_time(found['answer_seconds'])}"
+        f"evaluation: {found['answers']} answers{again}, of {found['answer_tokens']} tokens in all at most; "
+        f"vLLM in {found['engine_memory_total'] / _GIB:.2f} GiB at the least; time {_time(found['answer_seconds'])}"
     )
     if found["judged"]:
         limit = f"of {found['judged_tokens']} tokens in all" if found["judged_tokens"] else "of any length"

@@ -62,6 +62,7 @@ def prepare(
     terminal = Terminal()
     current = start(recipe, overrides, with_method, run_dir, "single", None, terminal)
     perform_steps(current, current.preparation(), terminal)
+    terminal.say(f"prepared; `mcit show {current.dir}` says what the model will see, `mcit run {current.dir}` goes on")
 
 
 def train(

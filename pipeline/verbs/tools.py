@@ -1,5 +1,6 @@
 """The verbs of `mcit` that need no run: what exists, what this machine can do, scores of results from elsewhere."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -35,17 +36,16 @@ def methods(as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
         return
-    terminal = Terminal()
+    terminal, width = Terminal(), max(len(row["name"]) for row in rows) + 2
     for row in rows:
         if "expands_to" in row:
-            terminal.say(f"{row['name']:12}= {' + '.join(row['expands_to'])}")
+            terminal.say(f"{row['name']:{width}}= {' + '.join(row['expands_to'])}")
         else:
-            terminal.say(f"{row['name']:12}{row['category']}, keeps {row['keeps']}; {row['paper']}")
-            terminal.say(
-                f"{'':12}lineage {', '.join(row['lineages'])}; {', '.join(row['paradigms'])}; {row['settings']}"
-            )
+            terminal.say(f"{row['name']:{width}}{row['category']}, keeps {row['keeps']}; {row['paper']}")
+            terminal.say(f"{'':{width}}lineage {', '.join(row['lineages'])}; {', '.join(row['paradigms'])}")
+            terminal.say(f"{'':{width}}{json.dumps(row['settings'])}")
             alone = f"; not with {', '.join(row['conflicts'])}" if row["conflicts"] else ""
-            terminal.say(f"{'':12}costs {row['cost']}{alone}")
+            terminal.say(f"{'':{width}}costs {row['cost']}{alone}")
 
 
 def doctor(as_json: AsJson = False) -> None:
