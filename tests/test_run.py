@@ -347,6 +347,15 @@ def _made(run: Path) -> dict[str, object]:
     }
 
 
+def test_damaged_results_are_gathered_again(folder):
+    path = folder / "results.json"
+    whole = read_json(path)
+    path.write_text("{")
+    run = open_run(folder)
+    perform_steps(run, [run.results()], quiet())
+    assert read_json(path) == whole
+
+
 def test_a_finished_run_has_nothing_to_do(folder):
     before, terminal = stamps(folder), quiet()
     run = open_run(folder, terminal=terminal)
