@@ -12,6 +12,7 @@ class Figure(TypedDict):
     against: str
     ratio: float
     spread: list[float]  # the smallest and the largest of the rounds
+    rounds: int
     target: float | None
 
 
@@ -21,4 +22,6 @@ def figure(
     """A figure of what both took in each round, taking turns; the ratio is the median of the rounds'."""
     ratios = [theirs_took / ours_took for ours_took, theirs_took in zip(ours, theirs, strict=True)]
     spread = [round(min(ratios), 3), round(max(ratios), 3)]
-    return Figure(figure=name, against=against, ratio=round(median(ratios), 3), spread=spread, target=target)
+    return Figure(
+        figure=name, against=against, ratio=round(median(ratios), 3), spread=spread, rounds=len(ratios), target=target
+    )

@@ -20,7 +20,6 @@ to the largest. Only ratios within one run mean anything. On a CPU seconds are t
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -35,7 +34,7 @@ import torch
 from figures import Figure, figure
 from random_vlm import TINY, build
 from turns import Turns, apart_from_stdout, machine, take_turns
-from vqa_like import OWN, PROMPTS, SHARED, Kind, draw, write
+from vqa_like import KINDS, draw, write
 
 from mcit.data_prep.files import read_jsonl, write_json
 
@@ -53,7 +52,7 @@ GROUP, ANSWERS = 8, (32, 81)  # answers to a prompt; from, and up to, how many t
 class Setting(NamedTuple):
     """What is trained on, and by whom."""
 
-    kind: Kind
+    title: str
     phase: str
     batch: int  # samples of a step, or answers
     pictures: int  # of a step
@@ -62,9 +61,9 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "shared": Setting(SHARED, "sft", 10, 2, ("trl", "trl-merged", "plain", "packed"), 3.0),
-    "own": Setting(OWN, "sft", 8, 8, ("trl", "plain", "packed"), 1.3),
-    "grpo": Setting(PROMPTS, "rft", GROUP, 1, ("trl", "plain", "packed"), 2.0),
+    "shared": Setting("5 questions a picture", "sft", 10, 2, ("trl", "trl-merged", "plain", "packed"), 3.0),
+    "own": Setting("a picture each", "sft", 8, 8, ("trl", "plain", "packed"), 1.3),
+    "grpo": Setting("8 answers a prompt", "rft", GROUP, 1, ("trl", "plain", "packed"), 2.0),
 }
 AGAINST = {
     "trl": "TRL",
@@ -121,7 +120,7 @@ def measure(folder: Path, model: str, name: str, rounds: int) -> dict[str, Any]:
     steps = WARM + rounds * each
     if model == "small":
         build(folder / "base", TEXT, VISION, torch.float32, {})
-    write(folder, draw(setting.kind, setting.pictures * steps), unit)
+    write(folder, draw(KINDS[name], setting.pictures * steps), unit)
     told = {"base": TINY if model == "tiny" else folder / "base", "phase": setting.phase, "batch": setting.batch}
     told |= {"args": ARGS.format(steps=steps), "group": GROUP}
     told |= {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
@@ -186,14 +185,21 @@ def drawn(end: int) -> Callable[..., Any]:
 
 def compared(row: dict[str, Any]) -> list[Figure]:
     """The row's figures: packed against all others, ours without packing against TRL."""
-    name, seconds = f"{row['setting']}, {row['model']} model", row["seconds"]
-    target = SETTINGS[row["setting"]].target
+    setting, seconds = SETTINGS[row["setting"]], row["seconds"]
+    phase = {"sft": "SFT", "rft": "GRPO"}[setting.phase]
+    name = f"{setting.title}, {row['model']} model"
     figures = [
-        figure(f"packing, {name}", AGAINST[path], seconds["packed"], taken, target if path == "trl" else None)
+        figure(
+            f"{phase} packed, {name}",
+            AGAINST[path],
+            seconds["packed"],
+            taken,
+            setting.target if path == "trl" else None,
+        )
         for path, taken in seconds.items()
         if path != "packed"
     ]
-    return [*figures, figure(f"no packing, {name}", AGAINST["trl"], seconds["plain"], seconds["trl"])]
+    return [*figures, figure(f"{phase} not packed, {name}", AGAINST["trl"], seconds["plain"], seconds["trl"])]
 
 
 def print_row(row: dict[str, Any]) -> None:

@@ -21,10 +21,11 @@ def take_turns(commands: Mapping[str, Sequence[str]], rounds: int, logs: Path) -
 
     What they print is in `logs`; of one that ends early it is shown. Raises `RuntimeError` then.
     """
-    running = {path: _start(command, logs / f"{path}.log") for path, command in commands.items()}
+    running = dict[str, subprocess.Popen[str]]()
     try:
-        for path, process in running.items():
-            _said(path, process, logs)
+        for path, command in commands.items():
+            running[path] = _start(command, logs / f"{path}.log")
+            _said(path, running[path], logs)
         seconds: Seconds = {path: [] for path in commands}
         for _ in range(rounds):
             for path, process in running.items():
@@ -63,9 +64,9 @@ def _failed(path: str, logs: Path) -> str:
 
 
 class Turns(TrainerCallback):
-    """Holds training after `warm` steps, and after each turn of `each`, until the process that started this one goes on.
+    """Holds training after `warm` steps, and after each turn of `each`, until `take_turns` lets it go on.
 
-    A step lasts from the end of the one before to its own, the batch's making included.
+    Tells it what a step of the turn took: from the end of the one before to its own, the batch's making included.
     """
 
     def __init__(self, warm: int, each: int, told: TextIO):
@@ -96,7 +97,7 @@ def clock() -> float:
 
 def machine() -> dict[str, Any]:
     """What was measured on, and which clock."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     return {
         "device": device,
         "cpus": len(os.sched_getaffinity(0)),

@@ -1,7 +1,7 @@
 """Questions about pictures, as many tokens long as those of published sets are: only lengths are like theirs.
 
 What a picture takes is drawn from sizes that are common in the set it stands for, with shares that are ours: nobody
-publishes them. Words are those that the embedded model's tokenizer has as one token each, so that words count as tokens.
+publishes them. Words are those that the embedded model's tokenizer has as one token each, so words count as tokens.
 """
 
 from collections.abc import Mapping
@@ -36,14 +36,18 @@ class Row(NamedTuple):
     answer: str
 
 
-# VQAv2 has 5.4 questions on a picture of COCO's: most are 640 × 480 or 640 × 427, one way or the other, at 28 pixels a
-# token. 6.2 words a question; nine answers of ten are one word (VQA, arXiv 1505.00468).
-SHARED = Kind({(23, 17): 0.45, (23, 15): 0.27, (17, 23): 0.18, (15, 23): 0.1}, questions=5, words=6.2, answer=1.15)
-# TextVQA: 7.18 words a question, 1.58 an answer (arXiv 1904.08920). Its pictures are OpenImages', 1024 pixels on the long
-# side, here half of that: 4:3, 3:2, 16:9 and square.
-OWN = Kind({(18, 14): 0.52, (18, 12): 0.33, (18, 10): 0.08, (18, 18): 0.07}, questions=1, words=7.18, answer=1.58)
-# A prompt of some 220 tokens.
-PROMPTS = Kind({(14, 14): 1.0}, questions=1, words=7.18, answer=1.0)
+_COCO = {(23, 17): 0.45, (23, 15): 0.27, (17, 23): 0.18, (15, 23): 0.1}
+_OPEN_IMAGES = {(18, 14): 0.52, (18, 12): 0.33, (18, 10): 0.08, (18, 18): 0.07}
+KINDS = {
+    # VQAv2 has 5.4 questions on a picture of COCO's: most are 640 × 480 or 640 × 427, one way or the other, at 28
+    # pixels a token. 6.2 words a question; nine answers of ten are one word (VQA, arXiv 1505.00468).
+    "shared": Kind(_COCO, questions=5, words=6.2, answer=1.15),
+    # TextVQA: 7.18 words a question, 1.58 an answer (arXiv 1904.08920). Its pictures are OpenImages', 1024 pixels on
+    # the long side, here half of that: 4:3, 3:2, 16:9 and square.
+    "own": Kind(_OPEN_IMAGES, questions=1, words=7.18, answer=1.58),
+    # A prompt of some 220 tokens.
+    "grpo": Kind({(14, 14): 1.0}, questions=1, words=7.18, answer=1.0),
+}
 
 
 def draw(kind: Kind, pictures: int, seed: int = 0) -> list[Row]:
@@ -84,10 +88,3 @@ def write(folder: Path, rows: list[Row], unit: int) -> None:
             for row in part
         ]
         write_jsonl(folder / f"{name}.jsonl", lines)
-
-
-def padding(kind: Kind, batch: int, batches: int = 1000) -> float:
-    """Of a padded batch of pictures, in the order drawn, the share of places that are padding; text left aside."""
-    rows = [row for row in draw(kind, batch * batches) if kind.questions]
-    sizes = np.array([row.grid[0] * row.grid[1] for row in rows[:: kind.questions]]).reshape(batches, batch)
-    return float(1 - sizes.sum() / (sizes.max(1) * batch).sum())
