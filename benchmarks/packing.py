@@ -13,6 +13,9 @@ Python takes the time. Three settings, their lengths in `vqa_like.py`:
              log-probabilities, and the update. Answers are drawn at random, so nothing is generated; reading the
              prompt is in the time
 
+On a CPU TRL computes log-probabilities of all tokens, on a GPU of those with a label; so do packed stages everywhere.
+`trl-labels` is TRL doing so, to tell that apart.
+
 Same LoRA, samples in a batch and arguments for all, float32 on a CPU and bfloat16 on a GPU, no gradient checkpointing.
 Each path is a process of its own, and they take turns; a ratio is the median of the rounds', the spread from the least
 to the largest. Only ratios within one run mean anything. On a CPU seconds are those of the process: one thread
@@ -25,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -44,8 +48,8 @@ TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size"
 TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]}}
 VISION = {"depth": 2, "hidden_size": 256, "intermediate_size": 512, "num_heads": 4, "out_hidden_size": 896}
 VISION |= {"fullatt_block_indexes": [1]}
-MODELS = {"tiny": (16, 8), "small": (28, 1)}  # pixels of a token, and steps a turn
-WARM = 2  # steps before the first turn
+MODELS = {"tiny": (16, 4), "small": (28, 1)}  # pixels of a token, and steps a turn
+WARM = 1  # steps before the first turn
 GROUP, ANSWERS = 8, (32, 81)  # answers to a prompt; from, and up to, how many tokens, the end among them
 
 
@@ -61,13 +65,16 @@ class Setting(NamedTuple):
 
 
 SETTINGS = {
-    "shared": Setting("5 questions a picture", "sft", 10, 2, ("trl", "trl-merged", "plain", "packed"), 3.0),
-    "own": Setting("a picture each", "sft", 8, 8, ("trl", "plain", "packed"), 1.3),
-    "grpo": Setting("8 answers a prompt", "rft", GROUP, 1, ("trl", "plain", "packed"), 2.0),
+    "shared": Setting(
+        "5 questions a picture", "sft", 10, 2, ("trl", "trl-labels", "trl-merged", "plain", "packed"), 3.0
+    ),
+    "own": Setting("a picture each", "sft", 8, 8, ("trl", "trl-labels", "plain", "packed"), 1.3),
+    "grpo": Setting("8 answers a prompt", "rft", GROUP, 1, ("trl", "trl-labels", "plain", "packed"), 2.0),
 }
 AGAINST = {
     "trl": "TRL",
-    "trl-merged": "TRL, a picture's questions merged into one row (another loss)",
+    "trl-labels": "TRL, labelled tokens alone scored",
+    "trl-merged": "TRL, a picture's questions in one row (another loss)",
     "plain": "ours without packing",
 }
 RECIPE = """
@@ -159,12 +166,17 @@ def train(run: Path, recipe: str, path: str, each: str) -> None:
 
     loaded = load_recipe(recipe, [])
     phase = loaded.stages[0].train.phases[0]
-    makers: dict[str, Callable[[Any], Any]] = {"trl-merged": lambda entered: peers.sft(entered, merged=True)}
-    makers["trl"] = peers.sft if phase == "sft" else peers.grpo
+    by_trl: dict[tuple[str, str], Callable[[Any], Any]] = {
+        ("sft", "trl"): peers.sft,
+        ("sft", "trl-labels"): partial(peers.sft, made=peers.LabelsSFT),
+        ("sft", "trl-merged"): partial(peers.sft, merged=True),
+        ("rft", "trl"): peers.grpo,
+        ("rft", "trl-labels"): partial(peers.grpo, made=peers.LabelsGRPO),
+    }
     ours = sft.make_trainer if phase == "sft" else rft.make_trainer
 
     def make(entered: Any) -> Any:
-        trainer = makers.get(path, ours)(entered)
+        trainer = by_trl.get((phase, path), ours)(entered)
         if phase == "rft":
             trainer._generate_single_turn = drawn(trainer.processing_class.tokenizer.eos_token_id)
         trainer.add_callback(Turns(WARM, int(each), told))

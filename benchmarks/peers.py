@@ -14,11 +14,20 @@ from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
 from mcit.pipeline.stage.entering import Entered
 from mcit.pipeline.training.arguments import make_config
 from mcit.pipeline.training.batches import GlobalBatchSampler, same_images, with_images
+from mcit.pipeline.training.head import labels_alone
 from mcit.pipeline.training.trainer import MethodLoss
 
 
 class PlainSFT(MethodLoss, SFTTrainer):
     """TRL's `SFTTrainer`; what a stage asks of its trainer beside training comes from `MethodLoss`."""
+
+
+class LabelsSFT(PlainSFT):
+    """As TRL is on a GPU, where it scores tokens that have a label, and no others."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        with labels_alone():
+            return super().compute_loss(*args, **kwargs)
 
 
 class PlainGRPO(MethodLoss, GRPOTrainer):
@@ -27,7 +36,15 @@ class PlainGRPO(MethodLoss, GRPOTrainer):
     _get_train_sampler = StageGRPOTrainer._get_train_sampler
 
 
-def sft(entered: Entered, merged: bool = False) -> PlainSFT:
+class LabelsGRPO(PlainGRPO):
+    """As TRL is on a GPU."""
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        with labels_alone():
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+
+def sft(entered: Entered, merged: bool = False, made: type[PlainSFT] = PlainSFT) -> PlainSFT:
     """The trainer of an SFT stage: TRL's collator, one row a sample, the same samples in a batch as ours.
 
     With `merged`, the questions on a picture are turns of one row, and what is asked later carries loss too.
@@ -41,7 +58,7 @@ def sft(entered: Entered, merged: bool = False) -> PlainSFT:
         rows = merge(rows)
         size = size * len(rows) // len(samples)
     own = {"max_length": None, "per_device_train_batch_size": size, "train_sampling_strategy": "sequential"}
-    return PlainSFT(
+    return made(
         model=entered.model,
         args=make_config(entered, own),
         train_dataset=_conversations(rows),
@@ -76,14 +93,14 @@ def _conversations(samples: Sequence[Sample]) -> Dataset:
     return Dataset.from_dict({"index": list(range(len(samples)))}).with_transform(rows)
 
 
-def grpo(entered: Entered) -> PlainGRPO:
+def grpo(entered: Entered, made: type[PlainGRPO] = PlainGRPO) -> PlainGRPO:
     """The trainer of a GRPO stage, rewards drawn at random; KL to the disabled adapter, and to nothing else."""
     entered.processor.tokenizer.padding_side = "left"
 
     def drawn(completions: Any, **_: Any) -> list[float]:
         return [random.random() for _ in completions]
 
-    trainer = PlainGRPO(
+    trainer = made(
         model=entered.model,
         reward_funcs=[drawn],
         args=make_config(entered, {}),

@@ -64,13 +64,14 @@ def test_a_ratio_is_that_of_a_round() -> None:
 
 def test_packing_is_set_against_all_other_paths() -> None:
     row = {"setting": "shared", "model": "tiny"}
-    row |= {"seconds": {"trl": [6.0], "trl-merged": [1.0], "plain": [4.0], "packed": [2.0]}}
-    found = [(one["figure"], one["against"][:4], one["ratio"], one["target"]) for one in packing.compared(row)]
+    row |= {"seconds": {"trl": [6.0], "trl-labels": [5.0], "trl-merged": [1.0], "plain": [4.0], "packed": [2.0]}}
+    found = [(one["figure"], one["against"][:5], one["ratio"], one["target"]) for one in packing.compared(row)]
     name = "5 questions a picture, tiny model"
     assert found == [
         (f"SFT packed, {name}", "TRL", 3.0, 3.0),
-        (f"SFT packed, {name}", "TRL,", 0.5, None),
-        (f"SFT packed, {name}", "ours", 2.0, None),
+        (f"SFT packed, {name}", "TRL, ", 2.5, None),
+        (f"SFT packed, {name}", "TRL, ", 0.5, None),
+        (f"SFT packed, {name}", "ours ", 2.0, None),
         (f"SFT not packed, {name}", "TRL", 1.5, None),
     ]
 
