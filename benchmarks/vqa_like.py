@@ -88,3 +88,10 @@ def write(folder: Path, rows: list[Row], unit: int) -> None:
             for row in part
         ]
         write_jsonl(folder / f"{name}.jsonl", lines)
+
+
+def padding(kind: Kind, batch: int, batches: int = 1000) -> float:
+    """Of batches of so many pictures, each padded to its longest, the share of places that are padding; text aside."""
+    pictures = {row.picture: row.grid for row in draw(kind, batch * batches)}
+    tokens = np.array([across * down for across, down in pictures.values()]).reshape(batches, batch)
+    return float(1 - tokens.sum() / (tokens.max(1).sum() * batch))

@@ -13,7 +13,7 @@ import table
 from figures import figure
 from PIL import Image
 from training import make_samples
-from vqa_like import KINDS, LEAST, draw, write
+from vqa_like import KINDS, LEAST, Kind, draw, padding, write
 
 from mcit.data_prep.files import read_json, read_jsonl, write_json
 
@@ -42,6 +42,13 @@ def test_a_picture_takes_the_tokens_of_its_grid(tmp_path: Path) -> None:
     for line, row in zip(lines, rows, strict=True):
         with Image.open(tmp_path / line["images"][0]) as picture:
             assert picture.size == (4 * row.grid[0], 4 * row.grid[1])
+
+
+def test_padding_is_what_is_left_of_the_longest() -> None:
+    even = Kind({(2, 2): 0.5, (4, 2): 0.5}, questions=1, words=7.0, answer=1.0)
+    assert padding(even, 2) == pytest.approx(1 - 6 / (0.75 * 8 + 0.25 * 4), abs=0.02)  # three of four pairs have 8
+    assert padding(even, 1) == 0
+    assert padding(KINDS["own"], 8) == pytest.approx(0.155, abs=0.02)  # docs/performance.md
 
 
 def test_questions_on_a_picture_become_turns_of_one_row() -> None:
