@@ -91,7 +91,7 @@ train:
   checkpoint_every: never
   sft: {{order: by_image, args: {{{args}}}}}
   rft:
-    rewards: {{"peers:noise": 1.0}}
+    rewards: {{"rewards:noise": 1.0}}
     guard: null
     args: {{{args}, num_generations: {group}, generation_batch_size: {group}, beta: 0.04, max_completion_length: 128}}
 """

@@ -110,8 +110,3 @@ def grpo(entered: Entered, made: type[PlainGRPO] = PlainGRPO) -> PlainGRPO:
     )
     trainer.has_images = with_images(entered.samples)
     return trainer
-
-
-def noise(response: str, references: list[str], sample: Any) -> float:
-    """A reward that differs, whatever the answer."""
-    return random.random()

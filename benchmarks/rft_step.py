@@ -82,7 +82,7 @@ def settings(path: str, length: int, steps: int) -> list[str]:
         "seed=0",
         "prepare.limit.train=64",
         "train.rft.global_batch_size=32",
-        "train.rft.rewards={peers:noise: 1.0}",
+        "train.rft.rewards={rewards:noise: 1.0}",
         "train.rft.guard=null",
         "train.rft.rollout.tolerance=100.0",  # where an end is forbidden, the engine's probabilities are other ones
         f"train.rft.rollout.engine={'vllm' if path == 'vllm' else 'transformers'}",
