@@ -119,6 +119,7 @@ def main() -> None:
         figures += compared(row)
         print_row(row)
     write_json(options.out, {**machine(), "rows": rows, "figures": figures})
+    print(", ".join(f"{key} {value}" for key, value in machine().items()))
 
 
 def measure(folder: Path, model: str, name: str, rounds: int) -> dict[str, Any]:
