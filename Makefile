@@ -5,10 +5,10 @@ BIN := .venv/bin
 VARIANT ?= $(shell nvidia-smi > /dev/null 2>&1 && echo gpu || echo cpu)
 CONSTRAINTS := $(if $(filter gpu,$(VARIANT)),constraints-gpu.txt,constraints.txt)
 
-.PHONY: help install demo leaderboard test test-all lint format clean
+.PHONY: help install demo leaderboard bench test test-all lint format clean
 
 help:
-	@echo "make install | demo | leaderboard | test | test-all | lint | format | clean"
+	@echo "make install | demo | leaderboard | bench | test | test-all | lint | format | clean"
 
 install: .venv/installed-$(VARIANT)
 
@@ -31,6 +31,29 @@ JOBS ?= 2
 leaderboard: install
 	-seq $(JOBS) | xargs -I {} -P $(JOBS) $(BIN)/python benchmarks/leaderboard/board.py run
 	$(BIN)/python benchmarks/leaderboard/board.py page
+
+# All figures that a CPU measures in reasonable time, as one table. A file of figures that is there is not measured again:
+# remove it, or give another folder, `make bench FIGURES=runs/bench`. With RUN, a finished run, its matrix is timed too.
+FIGURES ?= benchmarks/figures
+PACKING := $(foreach model,tiny small,$(foreach setting,shared own grpo,packing-$(model)-$(setting)))
+bench: $(patsubst %,$(FIGURES)/%.json,$(PACKING) reglora gere rft_step $(if $(RUN),matrix_eval))
+	$(BIN)/python benchmarks/table.py $(FIGURES)
+
+$(FIGURES)/packing-%.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/packing.py $@ --only $*
+
+$(FIGURES)/reglora.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reglora.py $@ --shapes 0.5b
+
+$(FIGURES)/gere.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gere.py $@
+
+$(FIGURES)/rft_step.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rft_step.py $@ --lengths 16 --steps 4
+
+$(FIGURES)/matrix_eval.json: | install
+	$(BIN)/python benchmarks/matrix_eval.py $(RUN) runs/bench-matrix
+	cp runs/bench-matrix/matrix_eval.json $@
 
 # One representative of each axis. A file's tests share what they make, so they stay in one worker.
 WORKERS ?= 2

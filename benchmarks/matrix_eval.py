@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from figures import Figure, figure
 
 from mcit.data_prep.files import hash_json, read_json, read_jsonl, write_json, write_jsonl
 from mcit.data_prep.prepare import image_path, read_samples, read_task
@@ -72,6 +73,7 @@ def main() -> None:
             way: {key: value for key, value in found.items() if key != "answers"} for way, found in results.items()
         },
         "same answers as the first way": same_answers(results),
+        "figures": compared({way: found["seconds"] for way, found in results.items()}),
     }
     write_json(options.out / "matrix_eval.json", facts)
     print(table(facts))
@@ -193,6 +195,12 @@ def as_others_do(copy: Path, cells: Sequence[Cell], config: EvalConfig) -> dict[
     seconds = time.monotonic() - start
     engine.close()
     return {"answering": seconds, "engines": [engine.name], "answers": answers}
+
+
+def compared(seconds: dict[str, float]) -> list[Figure]:
+    """Ours against the other ways, each of which was run once."""
+    others = (way for way in seconds if way != "ours" and "ours" in seconds)
+    return [figure("a whole matrix", way, [seconds["ours"]], [seconds[way]]) for way in others]
 
 
 def same_answers(results: dict[str, Any]) -> dict[str, float]:

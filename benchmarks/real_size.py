@@ -18,19 +18,16 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from tokenizers import Tokenizer
-from transformers import AutoProcessor, GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from random_vlm import build
 
-import mcit.recipes
 from mcit.data_prep.files import write_json
 
-TINY = Path(mcit.recipes.__file__).parent / "mini" / "tiny_vlm"
 # Published in the model's config.json: Qwen/Qwen2.5-VL-3B-Instruct.
 TEXT = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
 TEXT |= {"num_key_value_heads": 2, "max_position_embeddings": 128000, "vocab_size": 151936}
 TEXT |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}}
 VISION = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
-VISION |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112}
+VISION |= {"temporal_patch_size": 2, "window_size": 112}
 VISION |= {"fullatt_block_indexes": [7, 15, 23, 31]}
 # For a try on a CPU.
 SMALL_TEXT = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -103,33 +100,9 @@ def main() -> None:
 
 def build_base(folder: Path, small: bool) -> None:
     """A Qwen2.5-VL with random weights in bfloat16, and the tiny model's processor with the real one's sizes."""
-    processor = AutoProcessor.from_pretrained(TINY, patch_size=14, min_pixels=SIDE * SIDE, max_pixels=SIDE * SIDE)
-    tokenizer = processor.tokenizer
-    text = SMALL_TEXT | {"vocab_size": len(tokenizer)} if small else TEXT
-    if not small:  # words that no text contains, so that every token that is sampled is one
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        vocabulary = state["model"]["vocab"]
-        known = {token["id"] for token in state["added_tokens"]} | set(vocabulary.values())
-        vocabulary |= {f"w{number}": number for number in range(text["vocab_size"]) if number not in known}
-        tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
-    tiny = Qwen2_5_VLConfig.from_pretrained(TINY)
-    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    config = Qwen2_5_VLConfig(
-        text_config=text | {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id},
-        vision_config=VISION | SMALL_VISION if small else VISION,
-        tie_word_embeddings=True,
-        **{name: getattr(tiny, name) for name in names},
-    )
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    ends = range(len(tokenizer) - int(ENDS * len(tokenizer)), len(tokenizer))
-    model.generation_config = GenerationConfig(
-        eos_token_id=[tokenizer.eos_token_id, *ends], pad_token_id=tokenizer.pad_token_id
-    )
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    pixels = {"min_pixels": SIDE * SIDE, "max_pixels": SIDE * SIDE}
+    vision = VISION | SMALL_VISION if small else VISION
+    build(folder, SMALL_TEXT if small else TEXT, vision, torch.bfloat16, pixels, ends=ENDS)
 
 
 def write_data(folder: Path, samples: int) -> None:

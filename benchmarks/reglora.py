@@ -17,11 +17,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
+from figures import Figure, figure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -66,11 +68,26 @@ def main() -> None:
                     command = [sys.executable, __file__, str(Path(folder) / f"{form}.safetensors"), "--one"]
                     done = subprocess.run([*command, f"{form} {shape}"], check=True, stdout=subprocess.PIPE)
                     rows.append({"shape": shape, "tasks": tasks, "form": form, **json.loads(done.stdout)})
-                    step = rows[-1]["seconds"] * (MICRO_BATCHES if form == "official" else 1)
+                    step = rows[-1]["seconds"] * times_a_step(form)
                     rows[-1] |= {"a_step": step, "share": step / (step + TOKENS * token)}
             rows[-1]["selecting"] = selecting
-    write_json(options.out, {"torch": torch.__version__, "rows": rows})
+    write_json(options.out, {"torch": torch.__version__, "rows": rows, "figures": [*compared(rows)]})
     print(table(rows))
+
+
+def times_a_step(form: str) -> int:
+    """How often a form is evaluated in a step."""
+    return MICRO_BATCHES if form == "official" else 1
+
+
+def compared(rows: list[dict]) -> Iterator[Figure]:
+    """Ours against the official form, a step each."""
+    for row in rows:
+        if row["form"] == "official":
+            theirs = [one * times_a_step("official") for one in row["runs"]]
+        else:
+            name = f"RegLoRA's penalty ({row['form']}), {row['shape']}, {row['tasks']} past tasks"
+            yield figure(name, "the official form", row["runs"], theirs)
 
 
 def factors(shape: str, seed: int) -> Factors:
@@ -116,7 +133,7 @@ def ours(layers: Factors, packed: dict[str, Tensor], totals: dict[str, int], bit
     return sum(MeanAtKeys.apply(*layers[n], packed[n], bits, totals[n]) for n in layers) / len(layers)
 
 
-def measured(form: str, shape: str, file: Path) -> dict[str, float]:
+def measured(form: str, shape: str, file: Path) -> dict[str, Any]:
     """Seconds and bytes of one evaluation, backward included, and the state's bytes."""
     state = {name: tensor.clone() for name, tensor in load_file(file).items()}
     layers = factors(shape, seed=100)
@@ -134,10 +151,11 @@ def measured(form: str, shape: str, file: Path) -> dict[str, float]:
     (torch.ones(64, 64, requires_grad=True) @ torch.ones(64, 64)).sum().backward()  # threads and libraries
     before = resident()
     value = evaluate().item()
-    work = peak() - before
+    work, runs = peak() - before, timed(evaluate)
     return {
         "value": value,
-        "seconds": timed(evaluate),
+        "seconds": median(runs),
+        "runs": runs,
         "state_bytes": sum(tensor.nbytes for tensor in state.values()),
         "work_bytes": work,
     }
@@ -158,17 +176,17 @@ def seconds_a_token(shape: str, tokens: int = 256) -> float:
 
     for factor in (factor for pair in layers.values() for factor in pair):
         factor.requires_grad_()
-    return timed(lambda: checkpoint(forward, use_reentrant=False).backward()) / tokens
+    return median(timed(lambda: checkpoint(forward, use_reentrant=False).backward())) / tokens
 
 
-def timed(work: Callable[[], object]) -> float:
-    """The median of a few runs, in CPU seconds."""
+def timed(work: Callable[[], object]) -> list[float]:
+    """A few runs, in CPU seconds."""
     seconds = []
     for _ in range(REPEATS):
         start = time.process_time()
         work()
         seconds.append(time.process_time() - start)
-    return median(seconds)
+    return seconds
 
 
 def resident() -> int:

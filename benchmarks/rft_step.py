@@ -5,14 +5,14 @@
 Answers are forced to their full length; rewards are drawn at random, so that every group differs. A step has 4 prompts
 and 8 answers to each, of the counting task of the mini stream. `trl` is TRL's `GRPOTrainer` on the same batches, with
 the disabled adapter for reference and KL to nothing else logged. Each path is a process of its own, in turns; the
-figure is the median of the steps after the first two. Only the ratios within one run mean anything.
+figure is the median of the rounds, of each the median of the steps after the first two. Only the ratios within one run
+mean anything.
 
 Bytes: what is sent after an optimizer step, and what pushing the model (TRL's vLLM modes) would send.
 """
 
 import argparse
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -20,17 +20,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from figures import Figure, figure
+
 from mcit.data_prep.files import read_json, read_jsonl, write_json
 
 PATHS = ("trl", "transformers", "vllm")
-ROUNDS = 2
+ROUNDS = 3
 HERE = Path(__file__).resolve()
 RFT = HERE.parents[1] / "pipeline" / "rft.py"
-
-
-def noise(response: str, references: list[str], sample: Any) -> float:
-    """A reward that differs, whatever the answer."""
-    return random.random()
 
 
 def main() -> None:
@@ -47,21 +44,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         mcit("prepare", run, *settings("trl", 16, options.steps))
-        rows = []
+        rows, figures = [], list[Figure]()
         for length in options.lengths:
             taken: dict[str, list[float]] = {path: [] for path in PATHS}
             sent = 0
             for _ in range(ROUNDS):
                 for path in PATHS:
                     steps, report = stage(run, path, length, options.steps)
-                    taken[path] += steps[2:]
+                    taken[path].append(median(steps[2:]))
                     sent = report.get("rollouts", {}).get("bytes", sent)
-            seconds = {path: round(median(steps), 3) for path, steps in taken.items()}
+            seconds = {path: round(median(rounds), 3) for path, rounds in taken.items()}
             rows.append({"length": length, "seconds": seconds, "bytes": sent})
+            figures += [
+                figure(f"GRPO step, generation by {path}, {length} tokens", "TRL", taken[path], taken["trl"])
+                for path in PATHS[1:]
+            ]
             print_row(rows[-1])
         base = Path(read_json(run / "stages" / "00-base" / "serving.json")["base"])
         model = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    write_json(options.out, {"cpus": os.cpu_count(), "rows": rows, "model_bytes": model})
+    write_json(options.out, {"cpus": os.cpu_count(), "rows": rows, "model_bytes": model, "figures": figures})
     print(f"sent a step: {rows[-1]['bytes']:,} bytes; the model: {model:,} bytes in bfloat16")
 
 
@@ -81,7 +82,7 @@ def settings(path: str, length: int, steps: int) -> list[str]:
         "seed=0",
         "prepare.limit.train=64",
         "train.rft.global_batch_size=32",
-        f"train.rft.rewards={{{HERE.stem}:noise: 1.0}}",
+        "train.rft.rewards={rewards:noise: 1.0}",
         "train.rft.guard=null",
         "train.rft.rollout.tolerance=100.0",  # where an end is forbidden, the engine's probabilities are other ones
         f"train.rft.rollout.engine={'vllm' if path == 'vllm' else 'transformers'}",
@@ -119,37 +120,11 @@ def mcit(verb: str, run: Path, *overrides: str) -> None:
 
 def stage_by_trl() -> None:
     """A stage by TRL's `GRPOTrainer` as it is."""
-    from trl import GRPOTrainer
+    import peers
 
-    from mcit.pipeline.reinforcement.prompts import prompt_dataset
-    from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
-    from mcit.pipeline.stage.entering import Entered
     from mcit.pipeline.stage.stage import main
-    from mcit.pipeline.training.arguments import make_config
-    from mcit.pipeline.training.batches import with_images
-    from mcit.pipeline.training.trainer import MethodLoss
 
-    class Plain(MethodLoss, GRPOTrainer):
-        _get_train_sampler = StageGRPOTrainer._get_train_sampler
-
-    def make_trainer(entered: Entered) -> Any:
-        entered.processor.tokenizer.padding_side = "left"
-
-        def drawn(completions: Any, **_: Any) -> list[float]:
-            return [random.random() for _ in completions]
-
-        trainer = Plain(
-            model=entered.model,
-            reward_funcs=[drawn],
-            args=make_config(entered, {}),
-            train_dataset=prompt_dataset(entered.samples),
-            processing_class=entered.processor,
-            callbacks=entered.callbacks,
-        )
-        trainer.has_images = with_images(entered.samples)
-        return trainer
-
-    main("rft", make_trainer)
+    main("rft", peers.grpo)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 accelerate launch --config_file recipes/accelerate/single.yaml pipeline/sft.py --recipe mini/sefe --stage 2
 """
 
+import contextlib
 from typing import Any
 
 from datasets import Dataset
@@ -14,7 +15,8 @@ from mcit.pipeline.stage.stage import main
 from mcit.pipeline.training.arguments import make_config, processes, split_batch
 from mcit.pipeline.training.batches import GlobalBatchSampler, MicroBatches, same_images
 from mcit.pipeline.training.collator import IGNORED, Collator
-from mcit.pipeline.training.packing import read_packed
+from mcit.pipeline.training.head import labels_alone
+from mcit.pipeline.training.packing import PACKING, read_packed
 from mcit.pipeline.training.trainer import MethodLoss
 
 
@@ -38,6 +40,11 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
             sampler_fn=lambda _: self.sampler,
             is_training=True,
         )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """See `MethodLoss`."""
+        with labels_alone() if PACKING in inputs else contextlib.nullcontext():
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Samples, of which a loader's item holds several."""

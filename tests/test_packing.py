@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from families import FAMILIES
 from safetensors.torch import load_file
 from torch import Tensor
-from training import largest_gap, launch, make_run, make_samples, tiny_model, uneven, write_images
+from training import TINY, largest_gap, launch, make_run, make_samples, tiny_model, uneven, write_images
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl.trainer import utils
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_jsonl
@@ -22,7 +23,8 @@ from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.training.arguments import check_stage
 from mcit.pipeline.training.batches import GlobalBatchSampler, same_images
-from mcit.pipeline.training.collator import Collator
+from mcit.pipeline.training.collator import IGNORED, Collator
+from mcit.pipeline.training.head import labels_alone
 from mcit.pipeline.training.packing import NONE, PACKING, Packing, pack, read_packed
 from mcit.pipeline.training.replay import unwrapped
 
@@ -159,6 +161,29 @@ def test_loss_and_gradients_are_those_of_the_rows_by_themselves(family: str, tmp
 
 def pixels(args: Any, kwargs: Any) -> int:
     return len(args[0] if args else kwargs["pixel_values"])
+
+
+def test_tokens_without_a_label_are_not_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU TRL scores all; what comes of the others is the same either way."""
+    write_images(tmp_path)
+    model, scored = tiny_model(), []
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    batch = Collator(AutoProcessor.from_pretrained(TINY), [], 1000).collate(shown(tmp_path))
+    apply = utils._ChunkedLogProbFunction.apply
+
+    def count(hidden: Tensor, *args: Any) -> Any:
+        scored.append(len(hidden))
+        return apply(hidden, *args)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", count)
+    everything = model(**batch, fused_lm_head=True)
+    with labels_alone():
+        alone = model(**batch, fused_lm_head=True)
+    model(**batch, fused_lm_head=True)
+    rows, length = batch["labels"].shape
+    assert scored == [rows * (length - 1), int((batch["labels"] != IGNORED).sum()), rows * (length - 1)]
+    torch.testing.assert_close(alone.log_probs, everything.log_probs)
+    torch.testing.assert_close(alone.entropy, everything.entropy)
 
 
 RECIPE = """

@@ -13,6 +13,7 @@ from mcit.data_prep.schema import Sample
 
 from ..methods import StepView
 from ..training.batches import GroupSampler, with_images
+from ..training.head import labels_alone
 from ..training.replay import Pass
 from ..training.trainer import MethodLoss
 from .groups import kept_together, packed_groups
@@ -76,10 +77,12 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.packed:
-            group: Any = self.num_generations
-            model = packed_groups(model, group, self.packed)
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if not self.packed:
+            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        group: Any = self.num_generations
+        with labels_alone():
+            packed = packed_groups(model, group, self.packed)
+            return super()._get_per_token_logps_and_entropies(packed, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.asked = [row["sample"] for row in inputs]  # a `rollout_func` is told the prompts alone
