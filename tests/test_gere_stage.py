@@ -154,10 +154,14 @@ def test_two_processes_look_at_a_fresh_base_as_one(
 
 
 @pytest.mark.slow
-def test_two_processes_replay_the_same_beside_grpo(prepared: tuple[Path, Path], first: Path, tmp_path: Path) -> None:
+def test_two_processes_replay_the_same_beside_grpo(
+    prepared: tuple[Path, Path], first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In passes of their own, as many on both; what was answered differs later on, so the first step is compared."""
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}")
     rft = ["train.paradigm=rft", "train.reference=none", "train.global_batch_size=16", "train.rft.args.beta=0.0"]
     rft += [f"train.rft.args.{key}" for key in ("num_generations=4", "max_completion_length=4", "temperature=0.5")]
+    rft += ["train.rft.rewards={'rewarding:spread': 1, accuracy: 0, format: 0}"]
     rft += [f"train.rft.args.{key}" for key in ("max_steps=2", "logging_steps=1", "per_device_train_batch_size=4")]
     stages = []
     for name in ("alone", "together"):

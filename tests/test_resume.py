@@ -245,9 +245,8 @@ def test_processes_stop_together_and_go_on(
     for name in ("stopped", "whole"):
         run = tmp_path / name
         recipe, marker = make_run(run, samples(), RECIPE), tmp_path / "marker"
-        task = run / "data" / "colour" / "task.json"
-        write_json(task, read_json(task) | {"reward": "rewarding:spread"})
         overrides = [f"method={{'training:Stop': {{step: 7, unless: {marker}}}}}", f"train.paradigm={paradigm}"]
+        overrides += ["train.rft.rewards={'rewarding:spread': 1, accuracy: 0, format: 0}"]
         if name == "stopped":
             said = launch(run, recipe, mode, 2, *overrides, stage=1, script=paradigm, fails=True)
             assert said.count("stopped after step 7; the same command goes on from here") == 2

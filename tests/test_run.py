@@ -348,7 +348,7 @@ def _made(run: Path) -> dict[str, object]:
 
 
 def test_damaged_results_are_gathered_again(folder):
-    path = folder / "results.json"
+    path = folder / "run" / "results.json"
     whole = read_json(path)
     path.write_text("{")
     run = open_run(folder)
