@@ -116,7 +116,7 @@ def train(
 def outcome(run: Path) -> dict[str, Any]:
     """What a stage leaves, without how long it took."""
     stage = run / "stages" / "01-colour"
-    timed = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    timed = ("step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second")
     log = [{k: v for k, v in row.items() if k not in timed} for row in read_jsonl(stage / "train_log.jsonl")]
     tensors = load_file(stage / "adapter" / "adapter_model.safetensors")
     return {"log": log, **{name: tensor.tolist() for name, tensor in tensors.items()}}
