@@ -105,9 +105,8 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     asked, pace = answers(recipe, prepared), measured_answers(measured, base_hash)
     questions = judged(recipe, prepared)
     ranks = _served_ranks(recipe, known)
-    longest = max(
-        tokens for lengths in prepared.lengths.values() for tokens in lengths.values()
-    )  # a task may train none
+    # Over all parts at once: a general task trains on none.
+    longest = max(tokens for lengths in prepared.lengths.values() for tokens in lengths.values())
     engine = engine_memory(recipe, shapes, max((one.width for one in known), default=0), ranks, longest)
     times = [row["seconds"] for row in rows]
     answer_seconds = round(pace.seconds(asked.answers), 1) if pace else None

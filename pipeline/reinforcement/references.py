@@ -73,9 +73,9 @@ class References:
             return
         adapter = {"base": UNDO, "previous": COPY}[name]
         past = without_past(self.model) if name == "base" else contextlib.nullcontext()
-        with past, _trains_as_before(self.model):
-            with use_adapter(self.model, adapter if adapter in self.model.peft_config else None):
-                yield self.model
+        there = adapter if adapter in self.model.peft_config else None
+        with past, _trains_as_before(self.model), use_adapter(self.model, there):
+            yield self.model
 
 
 @contextlib.contextmanager

@@ -105,9 +105,8 @@ class Resumable(_Mixin):  # type: ignore[misc]
             self.model_wrapped.load_checkpoint(str(checkpoint), load_module_strict=False)
         else:
             _fill(self.model, load_file(checkpoint / WEIGHTS))
-        if (
-            self.args.device.type == "cpu"
-        ):  # of several processes accelerate calls it `cpu:0`, which `torch.load` refuses
+        # Of several processes accelerate calls the CPU `cpu:0`, which `torch.load` refuses.
+        if self.args.device.type == "cpu":
             self.args.__dict__["_setup_devices"] = torch.device("cpu")
         self._load_optimizer_and_scheduler(str(checkpoint))
         self._load_scaler(str(checkpoint))
