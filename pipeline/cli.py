@@ -10,7 +10,7 @@ import typer
 
 from mcit.data_prep.errors import InputError, not_written
 
-from .verbs import data, judge, plan, publish, runs, tools
+from .verbs import data, jobs, judge, plan, publish, runs, tools
 
 app = typer.Typer(
     help="Continual instruction tuning of vision-language models: tune task after task, measure what was forgotten.",
@@ -28,9 +28,10 @@ app.command()(runs.report)
 app.command()(plan.plan)
 app.command()(publish.publish)
 app.command()(publish.export)
-app.command()(runs.submit)
-app.command()(runs.cancel)
-app.command()(runs.status)
+app.command()(jobs.submit)
+app.command()(jobs.cancel)
+app.command()(jobs.status)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(jobs.rollouts)
 app.command()(tools.methods)
 app.command()(tools.doctor)
 app.command()(tools.metrics)

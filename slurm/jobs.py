@@ -24,6 +24,7 @@ class Job:
     command: str  # what follows `mcit`, with $run for the run directory
     after: tuple[str, ...]  # the jobs that must have ended well
     steps: tuple[Step, ...]
+    serving: str = ""  # what follows `mcit` on a node of its own, beside the others'
 
 
 class Submitted(TypedDict):
@@ -47,7 +48,8 @@ def jobs_of(run: Run, training: Sequence[str]) -> list[Job]:
     for stage in stages:
         step, before = run.train(stage), f"train-{stage.k - 1}" if stage.k > 1 else "prepare"
         command = f'train "$run" --stage {stage.k} {shlex.join(training)}'
-        jobs.append(Job(f"train-{stage.k}", "train", step.title, command, (before,), (step,)))
+        serving = f'rollouts "$run" --stage {stage.k}' if stage.train.needs_server else ""
+        jobs.append(Job(f"train-{stage.k}", "train", step.title, command, (before,), (step,), serving))
         if stage.k in rows:
             jobs.append(_evaluation(run, stage.k))
     last = (run.evaluate(), *run.judging(), *run.reporting())

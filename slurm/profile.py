@@ -34,6 +34,7 @@ class Profile(Config):
     sbatch: Options = Field(default_factory=dict)  # of every job: partition, account, cpus-per-task, mem, …
     jobs: dict[Kind, Options] = Field(default_factory=dict)  # of one kind of job, over the above and the command line
     srun: Options = Field(default_factory=dict)  # of the step in each job, e.g. container-image
+    vllm: Options = Field(default_factory=dict)  # of the server on a node of its own, e.g. tensor-parallel-size
     modules: list[str] = Field(default_factory=list)  # `module load …`
     environment: dict[str, str | int | float] = Field(default_factory=dict)
     container: str = ""  # a command that runs another one inside an image: apptainer exec --nv /images/mcit.sif
@@ -83,15 +84,21 @@ class Site:
         nodes = ["--nodes", str(self.nodes)] if self.nodes > 1 else []
         return ["--launch", name, "--gpus", gpus, *nodes] if launcher.processes > 1 or not packaged else []
 
-    def sbatch(self, kind: Kind) -> Options:
+    @property
+    def vllm(self) -> Options:
+        """Options of the server on a node of its own: a copy of the model on each GPU, unless the profile says else."""
+        shares = {"data-parallel-size", "tensor-parallel-size"} & self.profile.vllm.keys()
+        return ({"data-parallel-size": self.gpus} if self.gpus > 1 and not shares else {}) | self.profile.vllm
+
+    def sbatch(self, kind: Kind, spare: bool = False) -> Options:
         """The sbatch options of a kind of job.
 
-        Training gets all nodes and their GPUs, evaluation one GPU, preparation and report none. Where the profile names
-        a `gres`, that is how its site counts GPUs.
+        Training gets all nodes and their GPUs, and a `spare` one where vLLM answers; evaluation one GPU, preparation
+        and report none. Where the profile names a `gres`, that is how its site counts GPUs.
         """
         named: Options = {**self.profile.sbatch, **self.options, **self.profile.jobs.get(kind, {})}
         gpus = {"train": self.gpus, "eval": min(self.gpus, 1)}.get(kind, 0)
-        size: Options = {"nodes": self.nodes if kind == "train" else 1, "ntasks-per-node": 1}
+        size: Options = {"nodes": self.nodes + spare if kind == "train" else 1, "ntasks-per-node": 1}
         return size | ({"gpus-per-node": gpus} if gpus and "gres" not in named else {}) | named
 
 

@@ -34,13 +34,14 @@ def write_script(folder: Path, name: str, job: Job, members: Sequence[str], site
     text = _template().render(
         name=name,
         job=job,
-        options=map(shlex.quote, as_arguments({**own, **site.sbatch(job.kind)})),
+        options=map(shlex.quote, as_arguments({**own, **site.sbatch(job.kind, spare=bool(job.serving))})),
         modules=profile.modules,
         environment=profile.environment,
         folder=str(folder),
         members=members,
         nodes=site.nodes if job.kind == "train" else 1,
         srun=shlex.join(as_arguments({"kill-on-bad-exit": 1, **profile.srun})),
+        vllm=shlex.join(as_arguments(site.vllm)),
         mcit=f"{profile.container} mcit" if profile.container else shlex.join(python),
         restarts=profile.restarts,
     )

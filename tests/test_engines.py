@@ -18,8 +18,9 @@ from mcit.data_prep.files import read_json
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Policy, Request, Response, generate, make_engine
 from mcit.eval.engines.base import image_tokens
+from mcit.eval.engines.settings import EngineFailed, max_lora_rank
 from mcit.eval.engines.transformers import TransformersEngine
-from mcit.eval.engines.vllm import EngineFailed, VllmEngine, max_lora_rank, why_not_vllm
+from mcit.eval.engines.vllm import VllmEngine, why_not_vllm
 from mcit.eval.engines.vllm_cpu import expand, expand_slice, shrink
 
 pytest.importorskip("vllm")

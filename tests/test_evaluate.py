@@ -118,7 +118,8 @@ def test_adapters_above_the_highest_rank_are_served_as_merged_copies(
 ) -> None:
     """Under a limit of 4: base and rank 4 share an engine, rank 8 has one of its own, whose weights are gone after."""
     pytest.importorskip("vllm")
-    monkeypatch.setattr(vllm, "MAX_RANK", 4)
+    for module in (engines, vllm):
+        monkeypatch.setattr(module, "MAX_RANK", 4)
     monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     base_policy(run / "stages")

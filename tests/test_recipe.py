@@ -448,7 +448,7 @@ def test_where_rollouts_are_made_is_no_part_of_a_stage() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.rft.rollout={engine: server}", "the engine server needs `url`"),
+        ("train.rft.rollout={engine: vllm, adapters: a}", "the engine vllm takes no `adapters`"),
         ("train.rft.rollout.url='http://a/v1'", "the engine transformers takes no `url`"),
         ("train.rft.rewards={beauty: 1.0}", "`beauty` is neither accuracy, format nor module:function"),
         ("train.rft.rif.rolouts=4", "unknown key. Did you mean `rollouts`?"),

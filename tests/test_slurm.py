@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +134,29 @@ def test_what_a_job_does(run):
     assert [step.name for step in jobs["report"].steps] == ["evaluate", "results", "report"]
     steps = {step.name for job in jobs.values() for step in job.steps}
     assert steps == {step.name for step in run.steps(rows=[1, 2])}  # each is somebody's
+
+
+RFT = ["train.paradigm=rft", "train.rft.args.beta=0.04", "train.rft.rollout.engine=server"]
+
+
+def test_a_stage_that_asks_a_server_has_a_node_more_for_it(run, tmp_path):
+    """Unless the recipe names a server."""
+    run.recipe = load_recipe(tmp_path / "two.yaml", RFT)
+    site = Site(Profile(vllm={"gpu-memory-utilization": 0.8}), {}, nodes=2, gpus=8)
+    job = {job.name: job for job in jobs_of(run, site.training)}["train-2"]
+    text = write_script(run.dir, "two", job, [], site).read_text()
+    assert "#SBATCH --nodes=3\n" in text and "--gpus 8 --nodes 2 &\n" in text
+    assert "MCIT_ROLLOUT_URL=http://$(address_of 3):$port/v1\n" in text
+    assert "\nsrun --nodes=1 --relative=2 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+" in text
+    serving = 'rollouts "$run" --stage 2 --host 0.0.0.0 --port "$port"'
+    assert f"    {serving} --data-parallel-size=8 --gpu-memory-utilization=0.8 &\nserver=$!\n" in text
+    assert "\nsrun --nodes=2 --relative=0 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+" in text
+    assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+
+    halves: dict[str, Any] = {"tensor-parallel-size": 4, "data-parallel-size": 2}
+    assert Site(Profile(vllm=halves), {}, gpus=8).vllm == halves and Site(Profile(), {}, gpus=0).vllm == {}
+    run.recipe = load_recipe(tmp_path / "two.yaml", [*RFT, "train.rft.rollout.url='http://a/v1'"])
+    assert not any(job.serving for job in jobs_of(run, []))
 
 
 def test_what_comes_after_something_left_is_left(run):

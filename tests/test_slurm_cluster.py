@@ -342,6 +342,50 @@ def test_a_member_of_an_array_queues_again_alone(folder, mcit):
         assert [line.split(", ")[1] for line in starts] == ["restart 0", "restart 1"]
 
 
+RFT = ("train.paradigm=rft", "train.reference=none", "train.rft.args.beta=0", "train.rft.rollout.engine=server")
+FOR_EVER = "while :; do sleep 0.1; done\n"
+
+
+def test_a_node_that_answers_for_the_one_that_trains(folder, mcit):
+    """A server of the job's own, found and unlocked by what the job says, which goes when the training ends."""
+    Path("run/rollouts-1.sh").write_text("trap 'echo released >> \"$3/seen\"; exit' TERM\n" + FOR_EVER)
+    Path("run/train-1.sh").write_text('echo "$MCIT_ROLLOUT_URL ${#VLLM_API_KEY}" >> "$3/seen"; sleep 1')
+    Path("run/rollouts-2.sh").write_text(FOR_EVER)
+    stand_in(mcit, *RFT)
+    wait_until_all("COMPLETED")
+    assert job_field("run", "train-1", "NodeList") == "one,two"
+    assert {"rollouts-1 on two, restart 0", "train-1 on one, restart 0", "released"} <= set(seen())
+    [address] = [line for line in seen() if line.startswith("http")]
+    assert re.fullmatch(r"http://127\.0\.0\.1:3[01]\d{3}/v1 36", address)
+
+
+def test_a_job_queues_again_with_its_server_and_fails_with_it(folder, mcit):
+    Path("run/rollouts-1.sh").write_text(FOR_EVER)
+    Path("run/train-1.sh").write_text(UNTIL_ASKED)
+    Path("run/rollouts-2.sh").write_text("echo 'error: no memory'; exit 2")
+    Path("run/train-2.sh").write_text("trap 'exit 75' USR1 TERM\n" + FOR_EVER)
+    stand_in(mcit, *RFT)
+    wait_for(lambda: "works" in seen(), 300)
+    subprocess.run(["scancel", "--batch", "--signal=USR1", read_submitted(Path("run"))["train-1"]["id"]], check=True)
+    wait_until({"train-1": "COMPLETED", "eval-1": "COMPLETED", "train-2": "FAILED", "report": "CANCELLED"})
+    assert {"rollouts-1 on two, restart 1", "train-1 on one, restart 1"} <= set(seen())
+    log = Path(read_submitted(Path("run"))["train-2"]["log"]).read_text()
+    assert "error: no memory" in log and "queued again" not in log
+
+
+@pytest.mark.slow
+def test_vllm_on_one_node_answers_for_training_on_the_other(folder, mcit):
+    pytest.importorskip("vllm")
+    args = "train.rft.args={beta: 0, max_steps: 2, num_generations: 2, max_completion_length: 4, temperature: 1.5}"
+    submit(mcit, *RFT, args, "train.lora.r=4", "eval.cells=last")
+    wait_until_all("COMPLETED", seconds=1800)
+    for k, name in ((1, "01-first"), (2, "02-second")):
+        trained = read_json(f"run/stages/{name}/trained.json")
+        assert (trained["rollouts"]["engine"], trained["rollouts"]["sent"]) == ("server", 2)
+        assert "Application startup complete" in Path(f"run/logs/rollouts-{k}.log").read_text()
+    assert not list(Path("run/stages").glob(".*"))
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 
 

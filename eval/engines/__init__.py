@@ -7,6 +7,7 @@ from mcit.data_prep.files import hash_json
 from mcit.eval.config import EvalConfig
 
 from .base import Engine, Policy, Request, Response, Scored, generate, lora_rank, read_policy
+from .settings import MAX_RANK, MERGED, EngineFailed
 
 __all__ = [
     "Engine",
@@ -26,7 +27,7 @@ FALLBACK = "evaluating with transformers, which is slower"  # what is said where
 
 def engine_name(policy: Policy, config: EvalConfig) -> str:
     """The name of the engine that `config.engine` means for a policy, if it starts. Imports vLLM."""
-    from .vllm import MAX_RANK, MERGED, why_not_vllm
+    from .vllm import why_not_vllm
 
     if config.engine == "remote":
         return "remote"
@@ -40,8 +41,6 @@ def share(policies: Iterable[Policy], config: EvalConfig) -> list[list[Policy]]:
 
     Those on one model share an engine, but for those that are served as merged copies.
     """
-    from .vllm import MERGED
-
     groups: dict[str, list[Policy]] = {}
     for policy in {policy.serving.hash: policy for policy in policies}.values():
         alone = policy.serving.hash if engine_name(policy, config) == MERGED else ""
@@ -73,7 +72,7 @@ def make_engine(
 
         return RemoteEngine(policies, config)
     if config.engine != "transformers":
-        from .vllm import EngineFailed, VllmEngine, why_not_vllm
+        from .vllm import VllmEngine, why_not_vllm
 
         reason = why_not_vllm(policies[0])
         if reason is None:

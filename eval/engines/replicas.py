@@ -15,7 +15,8 @@ from mcit.data_prep.errors import InputError
 from mcit.eval.config import EvalConfig
 
 from .base import Policy, Request, Response, Scored, Then
-from .vllm import EngineFailed, VllmEngine
+from .settings import EngineFailed
+from .vllm import VllmEngine
 
 _PATIENCE = 30.0  # seconds for a process to end by itself
 

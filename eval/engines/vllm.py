@@ -32,6 +32,7 @@ from .base import (
     render,
     unadapted,
 )
+from .settings import MAX_RANK, MERGED, SLOT_RANKS, EngineFailed, engine_settings, max_lora_rank
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -42,17 +43,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU alone
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report what it runs to its makers
 
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM 0.31 allows for max_lora_rank
-MAX_RANK = RANKS[-1]  # an adapter of a higher one is served as a merged copy
-MERGED = "vllm (merged copy)"  # the engine's name where it serves one
-# What all slots' ranks add up to. Slots lie beside the weights: at 1,024 they are a third of a 7B model on top of it.
-# Adapters that find no slot wait in the computer's memory for their turn.
-SLOT_RANKS = 1024
 IN_FLIGHT = 512  # requests handed to vLLM at a time: enough to keep it busy, few enough to hold their images
-
-
-class EngineFailed(Exception):
-    """vLLM could not be started; the text says why."""
 
 
 class VllmEngine:
@@ -99,7 +90,6 @@ class VllmEngine:
     def _start(
         self, first: Policy, config: EvalConfig, max_images: int, adapters: int, rank: int, **settings: Any
     ) -> Any:
-        serving = first.serving
         lora: dict[str, Any] = {}
         if adapters:
             lora = {
@@ -109,7 +99,6 @@ class VllmEngine:
                 "max_lora_rank": max_lora_rank(rank),
             }
         try:
-            import torch
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -117,23 +106,7 @@ class VllmEngine:
                 from .vllm_cpu import install
 
                 install()
-            usual: dict[str, Any] = {
-                "model": first.model,
-                "tokenizer": serving.base,
-                "revision": first.revision,
-                "tokenizer_revision": serving.revision,
-                "trust_remote_code": serving.trust_remote_code,
-                "load_format": "safetensors",  # never a pickle
-                "dtype": serving.dtype,
-                "mm_processor_kwargs": serving.processor or None,
-                "limit_mm_per_prompt": {"image": max_images, "video": 0},
-                "max_model_len": config.max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
-                # The library of the transformers engine too: held to a pattern, both give the same answers.
-                "structured_outputs_config": {"backend": "guidance"},
-                "use_tqdm_on_load": False,
-                "enforce_eager": not torch.cuda.is_available(),
-                "seed": 0,
-            }
+            usual = engine_settings(first, max_images, config.max_model_len)
             return LLM(**usual | lora | settings)
         except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -310,14 +283,6 @@ def why_not_vllm(policy: Policy) -> str | None:
     served = ModelRegistry.get_supported_archs()
     names = load_config(policy).architectures or []
     return None if any(name in served for name in names) else f"vLLM does not serve {', '.join(names) or 'this model'}"
-
-
-def max_lora_rank(rank: int) -> int:
-    """The smallest rank vLLM allows that holds `rank`. Raises `EngineFailed` above 512."""
-    for allowed in RANKS:
-        if rank <= allowed:
-            return allowed
-    raise EngineFailed(f"an adapter of rank {rank} is more than vLLM serves, {RANKS[-1]}")
 
 
 def ignored_tensors(model: Any, number: int, names: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mcit.data_prep import schema
-from mcit.eval.engines.vllm import MAX_RANK
+from mcit.eval.engines.settings import MAX_RANK
 from mcit.eval.lora import Adapter, Dense, Factors
 
 from ..planning.outlook import FLOAT, Outlook

@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from mcit.eval.engines.vllm import MAX_RANK, RANKS, SLOT_RANKS
+from mcit.eval.engines.settings import MAX_RANK, RANKS, SLOT_RANKS
 
 from ..policy.lineage import target_names
 from ..recipe.schema import ModelConfig, ModulesConfig, Recipe

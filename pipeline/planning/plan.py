@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from mcit.data_prep.errors import InputError
-from mcit.eval.engines.vllm import MAX_RANK
+from mcit.eval.engines.settings import MAX_RANK
 from mcit.eval.hashing import hash_model
 
 from ..methods import Method, build_methods

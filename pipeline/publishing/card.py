@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import DatasetCard, DatasetCardData, ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from mcit.eval.engines.settings import RANKS
 from mcit.eval.results import Results
 
 from ..recipe.schema import Recipe
@@ -87,6 +88,4 @@ def _score(value: float | None) -> str:
 
 def _vllm_rank(rank: int) -> int:
     """The least that vLLM takes for `--max-lora-rank`."""
-    from mcit.eval.engines.vllm import RANKS  # here: needs torch
-
     return next((allowed for allowed in RANKS if allowed >= rank), rank)

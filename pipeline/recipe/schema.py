@@ -94,6 +94,16 @@ class TrainConfig(Config):
         phases: dict[Paradigm, tuple[Phase, ...]] = {"sft": ("sft",), "rft": ("rft",), "sft+rft": ("sft", "rft")}
         return phases[self.paradigm]
 
+    @property
+    def asks_server(self) -> bool:
+        """Whether answers to learn from come from a vLLM server."""
+        return "rft" in self.phases and self.rft.rollout.engine == "server"
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether one has to be started for it: the recipe names none."""
+        return self.asks_server and self.rft.rollout.url is None
+
     def identity(self) -> dict[str, Any]:
         """What a stage depends on: neither the other paradigm's section nor where rollouts are made."""
         section = self.model_dump(exclude={"sft", "rft"}.difference(self.phases) | WITHOUT_EFFECT)

@@ -34,15 +34,14 @@ class RolloutConfig(Config):
     tolerance: float = Field(default=0.05, gt=0)
     memory: float = Field(default=0.3, gt=0, lt=1)  # of `vllm`: its share of the GPU
     sleep: bool = False  # of `vllm`: whether it gives that share back while the trainer works
-    url: str | None = None  # of `server`: up to /v1
-    adapters: str | None = None  # of `server`: a folder that it sees under the same path
+    url: str | None = None  # of `server`: up to /v1. None: where MCIT_ROLLOUT_URL says, as in SLURM jobs
+    adapters: str | None = None  # of `server`: a folder that it sees under the same path. None: in the run's
 
     @model_validator(mode="after")
     def _address(self) -> "RolloutConfig":
         for key in ("url", "adapters"):
-            if (getattr(self, key) is not None) != (self.engine == "server"):
-                problem = "needs `{key}`" if self.engine == "server" else "takes no `{key}`"
-                raise PydanticCustomError("rollout", f"the engine {self.engine} {problem}", {"key": key})
+            if getattr(self, key) is not None and self.engine != "server":
+                raise PydanticCustomError("rollout", f"the engine {self.engine} takes no `{{key}}`", {"key": key})
         return self
 
 

@@ -1,13 +1,14 @@
 """Rollouts by a vLLM server, on another node perhaps: it is sent a LoRA after every optimizer step, by a shared folder.
 
-    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True python -m vllm.entrypoints.openai.api_server --model BASE \\
-        --enable-lora --max-loras 1 --max-cpu-loras 2 --max-lora-rank RANK --logprobs-mode processed_logprobs
+`mcit rollouts` starts such a server, `pipeline/run/vllm_server.py`.
 """
 
 import base64
 import contextlib
 import io
+import os
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,10 @@ from .rollouts import Drawn, Prompts
 from .shipping import Shipping, check_tokens, runs
 
 FIELD = "train.rft.rollout.url"
+_URL, _KEY = "MCIT_ROLLOUT_URL", "VLLM_API_KEY"  # what a job tells; the second is vLLM's own
+# Connection attempts, at most 8 s apart: to a server that the recipe names, and, for half an hour, to one that a job
+# starts beside the training.
+_ATTEMPTS, _PATIENCE = 3, 225
 _IN_FLIGHT = 64  # requests of one process: the server batches what it has
 _NEVER = -100  # the smallest bias that the protocol knows: no token comes back from it
 
@@ -37,23 +42,28 @@ class ServerRollouts:
     name = "server"
 
     def __init__(self, entered: Entered):
-        """Raises `InputError` where nobody answers."""
+        """Raises `InputError` where nobody answers, or no address is given."""
         import openai  # here: takes a second, and only this needs it
 
         rollout = entered.stage.train.rft.rollout
-        assert rollout.url is not None and rollout.adapters is not None
-        self.entered, self.url = entered, rollout.url
-        folder = Path(rollout.adapters).resolve()
+        url = rollout.url or os.environ.get(_URL)
+        if not url:
+            remedy = f"Name a vLLM server here or in {_URL} (`mcit rollouts` starts one); `mcit submit` starts its own"
+            raise InputError("is not set", where="recipe", field=FIELD, remedy=remedy)
+        self.entered, self.url = entered, url
+        own = entered.output_dir.resolve().with_suffix(".rollouts")  # beside the stage's
+        folder = Path(rollout.adapters).resolve() if rollout.adapters else own
         folder.mkdir(parents=True, exist_ok=True)
+        self.own = None if rollout.adapters else own
         self.shipping = Shipping(entered, folder)
-        self.client = openai.OpenAI(base_url=rollout.url, api_key="none", max_retries=3)
+        self.client = openai.OpenAI(base_url=url, api_key=os.environ.get(_KEY, "none"), max_retries=_ATTEMPTS)
         base = Policy(entered.before, Path()).base()
         self.forbidden = image_tokens(load_config(base))
         self.ends = end_tokens(base, entered.processor.tokenizer)
         self.model: str | None = None  # under which the server has the policy: the hash of it
         self.calls = 0
         with self._answering():
-            self.client.models.list()
+            self.client.with_options(max_retries=_ATTEMPTS if rollout.url else _PATIENCE).models.list()
 
     def draw(self, prompts: Prompts, samples: Sequence[Sample], trainer: Any) -> Drawn:
         """See `Engine.draw`."""
@@ -80,6 +90,8 @@ class ServerRollouts:
         if self.model is not None and PartialState().is_main_process:
             with contextlib.suppress(InputError):
                 self._unload(self.model)
+        if self.own is not None and PartialState().is_main_process:
+            shutil.rmtree(self.own, ignore_errors=True)
         self.client.close()
 
     def _ask(self, trainer: Any, sample: Sample, group: range) -> Any:

@@ -14,7 +14,8 @@ from mcit.data_prep.schema import Sample
 from mcit.eval.config import EvalConfig
 from mcit.eval.engines import Policy
 from mcit.eval.engines.base import end_tokens, image_tokens, load_config, load_processor
-from mcit.eval.engines.vllm import EngineFailed, VllmEngine, why_not_vllm
+from mcit.eval.engines.settings import EngineFailed
+from mcit.eval.engines.vllm import VllmEngine, why_not_vllm
 
 from ..stage.entering import Entered
 from ..training.arguments import processes

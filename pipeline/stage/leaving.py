@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcit.eval.engines.merging import write_merged
-from mcit.eval.engines.vllm import MAX_RANK
+from mcit.eval.engines.settings import MAX_RANK
 from mcit.eval.hashing import hash_model
 from mcit.eval.lora import Adapter, Factors, hash_adapter
 

@@ -1,4 +1,4 @@
-"""The verbs of `mcit` that make runs, here or as jobs, look at them and ask them."""
+"""The verbs of `mcit` that make runs, look at them and ask them."""
 
 import os
 import warnings
@@ -36,7 +36,7 @@ def run(
         print(_configuration(recipe, overrides, with_method), end="")
         return
     terminal = Terminal()
-    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus)
+    loaded, directory, launcher = found(recipe, overrides, with_method, run_dir, launch, gpus)
     if loaded.sweep:
         from ..run.sweep import run_sweep, start_sweep
         from .reports import report as show_report
@@ -126,70 +126,6 @@ def report(
     show_report(runs, out, Terminal())
 
 
-def submit(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    with_method: With = None,
-    run_dir: RunDir = None,
-    partition: Annotated[str | None, typer.Option(help="Of every job for which the profile names no other.")] = None,
-    account: Annotated[str | None, typer.Option(help="The same.")] = None,
-    time: Annotated[str | None, typer.Option(help="The same: the longest a job may take, as 24:00:00.")] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="How many train a stage.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="How many train on each; 0: the CPU does.")] = 1,
-    launch: Annotated[str | None, typer.Option(help="As of `mcit run`. Default: single for one GPU, else ddp.")] = None,
-    profile: Annotated[Path | None, typer.Option(help="What the site wants to be told (docs/cluster.md).")] = None,
-    seeds: Annotated[str | None, typer.Option(metavar="0,1,2", help="The same as sweep.seed=[0,1,2].")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Write the job scripts, submit nothing.")] = False,
-) -> None:
-    """Submit what is left of a run to SLURM: the steps of `mcit run` as jobs, each stage evaluated beside the next.
-
-    The runs of a sweep share array jobs.
-
-    Example: `mcit submit coin/sefe data=/data/CoIN --partition gpu --gpus-per-node 8 --launch zero2 --time 24:00:00`
-    """
-    from mcit.slurm.profile import Site, read_profile
-    from mcit.slurm.submit import submit as submit_jobs
-
-    from ..run.terminal import Terminal
-
-    options = {"partition": partition, "account": account, "time": time}
-    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
-    site = Site(read_profile(profile), given, nodes, gpus_per_node, launch)
-    swept = [*(overrides or ()), *([f"sweep.seed=[{seeds}]"] if seeds else ())]
-    loaded, directory, _ = _found(recipe, swept, with_method, run_dir, "single", None)
-    submit_jobs(loaded, directory, site, Terminal(), dry_run)
-
-
-def cancel(run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")]) -> None:
-    """Cancel the SLURM jobs of a run that are queued or running; what is done stays done.
-
-    Example: `mcit cancel runs/coin-sefe`
-    """
-    from mcit.slurm.status import cancel as cancel_jobs
-
-    from ..run.terminal import Terminal
-
-    cancel_jobs(run, Terminal())
-
-
-def status(
-    run: Annotated[Path, typer.Argument(help="A run directory, or a sweep's.")], as_json: AsJson = False
-) -> None:
-    """Say what is done, running and left, and where its SLURM jobs are.
-
-    Example: `mcit status runs/mini-sefe`
-    """
-    from mcit.slurm.status import full_status
-
-    from ..run.terminal import Terminal
-
-    found = full_status(run)
-    if as_json:
-        print_json(found)
-    else:
-        Terminal().status(found)
-
-
 def ask(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     question: Annotated[str, typer.Argument(help="As the model is to read it, format sentence and options included.")],
@@ -234,7 +170,7 @@ def ask(
     terminal.table(question, ("policy of stage", "answer", "its probability"), rows)
 
 
-def _found(
+def found(
     recipe: str,
     overrides: list[str] | None,
     with_method: list[str] | None,
@@ -266,7 +202,7 @@ def start(
     from ..recipe.orders import members
     from ..run.runner import start_run
 
-    loaded, directory, launcher = _found(recipe, overrides, with_method, run_dir, launch, gpus, nodes)
+    loaded, directory, launcher = found(recipe, overrides, with_method, run_dir, launch, gpus, nodes)
     if loaded.sweep:
         first, *others = members(loaded)
         remedy = f"Name the folder of one ({directory / first.name}), or add sweep=null; `mcit run` runs all"
