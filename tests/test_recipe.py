@@ -1,9 +1,14 @@
 """Recipes: reading, merging, overriding, resolving, and refusing in one line."""
 
 import random
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
 from mcit.data_prep.errors import InputError
 from mcit.eval.cells import needed_cells
@@ -458,3 +463,36 @@ def test_rft_settings_that_make_no_sense(override: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         load_recipe("mini/rft", [override])
     assert message in str(error.value)
+
+
+# --- The page about it ------------------------------------------------------------------------------------------------
+
+
+def sections(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation allows, but not those that a list has many of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner = () if get_origin(annotation) is list else get_args(annotation)
+    return [model for part in inner for model in sections(part)]
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key of a section that can be set, with its default as the page writes it."""
+    for name, field in model.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        if field.is_required():
+            text = "**required**" if not sections(field.annotation) else None
+        elif isinstance(default, BaseModel):
+            text = None
+        else:
+            text = "–" if default is None else yaml.safe_dump(default, default_flow_style=True, width=1000)
+        if text is not None:
+            yield f"{prefix}{name}", text.removesuffix("\n").removesuffix("\n...")
+        for section in sections(field.annotation):
+            yield from keys(section, f"{prefix}{name}.")
+
+
+def test_the_page_has_every_key_with_its_default() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
+    rows = re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", page, re.MULTILINE)
+    assert len(rows) == len(dict(rows)) and dict(rows) == dict(keys(Recipe))
