@@ -167,6 +167,20 @@ def test_a_stream_is_submitted_asked_to_stop_and_finished(folder, mcit):
 
 
 @pytest.mark.slow
+def test_the_whole_mini_stream(folder, mcit):
+    """A packaged recipe as it is but for the numbers of samples: five tasks, every cell of the matrix, vLLM."""
+    limits = ("prepare.limit.train=16", "prepare.limit.test=8")
+    code, _, err = mcit("submit", "mini/sequential", *limits, "--run-dir", "mini", "--gpus-per-node", "0")
+    assert code == 0, err
+    wait_until_all("COMPLETED", "mini", seconds=2400)
+    matrix = read_json("mini/results.json")["matrix"]
+    assert len(matrix) == 6 and all(len(row) == 5 and None not in row for row in matrix)
+    assert Path("mini/report/index.html").exists()
+    starts = {name: job_field("mini", name, "StartTime") for name in read_submitted(Path("mini"))}
+    assert all(starts[f"eval-{k}"] <= job_field("mini", f"train-{k + 1}", "EndTime") for k in range(1, 5))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("launch", ["ddp", "zero2"])
 def test_a_stage_on_two_nodes(folder, mcit, launch):
     submit(mcit, "eval.cells=last", "--nodes", "2", "--launch", launch)
