@@ -10,6 +10,7 @@ from tensorboardX.record_writer import masked_crc32c
 from training import make_run, uneven
 from transformers import TrainerCallback
 
+from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.terminal import _cost, _duration, _progress
@@ -17,6 +18,7 @@ from mcit.pipeline.sft import make_trainer
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.stage.trackers import set_environment
 from mcit.pipeline.stage.workplace import read_progress, work_folder
+from mcit.pipeline.training.arguments import check_stage
 
 RECIPE = """
 train:
@@ -97,6 +99,20 @@ def test_a_users_own_settings_win(untold: pytest.MonkeyPatch, tmp_path: Path) ->
         "WANDB_PROJECT": "stream",
         "WANDB_RUN_ID": "02-a-b-0123456789ab",
     }
+
+
+@pytest.mark.parametrize(
+    ("trackers", "line"),
+    [
+        ("clearml", "recipe: train.sft.args.report_to: clearml is not installed. pip install clearml"),
+        ("[tensorboard, wandbb]", "recipe: train.sft.args.report_to: wandbb is no tracker. Did you mean `wandb`?"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_refused_before_training(tmp_path: Path, trackers: str, line: str) -> None:
+    recipe = make_run(tmp_path, {"colour": uneven("colour", 8, 1)}, RECIPE)
+    with pytest.raises(InputError) as refusal:
+        check_stage(load_recipe(recipe, [f"train.sft.args.report_to={trackers}"]).stages[0])
+    assert str(refusal.value) == line
 
 
 def test_the_lines_of_mcit_status() -> None:

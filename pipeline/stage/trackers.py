@@ -8,10 +8,29 @@ import os
 from pathlib import Path
 from typing import Any
 
+from mcit.data_prep.errors import InputError
+
+from ..recipe.layers import nearest
+
 
 def usual_settings(recipe: str, stage: str) -> dict[str, Any]:
     """Arguments of TRL's configs, which a recipe may set otherwise."""
     return {"report_to": "none", "project": recipe, "run_name": f"{recipe} {stage}"}
+
+
+def check_trackers(report_to: str | list[str], field: str) -> None:
+    """Refuse trackers that do not exist or are not installed. Raises `InputError`."""
+    from transformers.integrations.integration_utils import (  # here: takes seconds
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("none", "all", *get_available_reporting_integrations()):
+            continue
+        known, remedy = name in INTEGRATION_TO_CALLBACK, nearest(name, ["none", *INTEGRATION_TO_CALLBACK])
+        problem = f"{name} is {'not installed' if known else 'no tracker'}"
+        raise InputError(problem, where="recipe", field=field, remedy=f"pip install {name}" if known else remedy)
 
 
 def set_environment(recipe: str, stage: str, run_dir: Path, fingerprint: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mcit.data_prep.errors import InputError
 
 from ..recipe.layers import nearest
-from ..stage.trackers import usual_settings
+from ..stage.trackers import check_trackers, usual_settings
 
 if TYPE_CHECKING:
     from ..methods import Method
@@ -76,6 +76,7 @@ def check_stage(stage: "Stage") -> None:
             if key not in known:
                 problem = f"{config.__name__} has no such argument"
                 raise InputError(problem, where="recipe", field=field, remedy=nearest(key, known))
+        check_trackers(stage.train.args(phase).get("report_to") or [], f"train.{phase}.args.report_to")
 
 
 def check_reference(train: "TrainConfig") -> None:
