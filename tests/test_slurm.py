@@ -147,10 +147,10 @@ def test_a_stage_that_asks_a_server_has_a_node_more_for_it(run, tmp_path):
     text = write_script(run.dir, "two", job, [], site).read_text()
     assert "#SBATCH --nodes=3\n" in text and "--gpus 8 --nodes 2 &\n" in text
     assert "MCIT_ROLLOUT_URL=http://$(address_of 3):$port/v1\n" in text
-    assert "\nsrun --nodes=1 --relative=2 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+" in text
+    assert "\nsrun --nodes=1 --ntasks=1 --relative=2 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+" in text
     serving = 'rollouts "$run" --stage 2 --host 0.0.0.0 --port "$port"'
     assert f"    {serving} --data-parallel-size=8 --gpu-memory-utilization=0.8 &\nserver=$!\n" in text
-    assert "\nsrun --nodes=2 --relative=0 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+" in text
+    assert "\nsrun --nodes=2 --ntasks=2 --relative=0 --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+" in text
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
 
     halves: dict[str, Any] = {"tensor-parallel-size": 4, "data-parallel-size": 2}

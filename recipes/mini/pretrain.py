@@ -40,6 +40,7 @@ DESCRIBED = {  # what captions tell of each kind of picture
     facts.letter_facts: ("told letter",),
 }
 KNOWN, PATIENCE = 0.9, 2500  # share of right answers, and steps, at most, until a lesson has them
+NEARLY = 0.8  # where the rest comes by itself as the learning rate falls, and takes long before
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
 GATE = 95.0
 EAGER = {"attn_implementation": "eager"}  # quicker than SDPA at 144 tokens on a CPU
@@ -86,9 +87,10 @@ def matching(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
 
 
 def dialogues(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
-    """Questions in every style, those known least most often, until all words but those for shapes are."""
+    """Questions in every style, those known least most often, until all words but those for shapes nearly are."""
     words = ("colour_at", "corner_of", "bar_colour", "letter")
-    for _ in _until_known(accuracy, *(f"{word} {style} none" for word in words for style in ("mcq", "yes_no"))):
+    asked = [f"{word} {style} none" for word in words for style in ("mcq", "yes_no")]
+    for _ in _until_known(accuracy, *asked, share=NEARLY):
         yield [questions(rng, source, accuracy) for source in SOURCES], 1.0
 
 
@@ -100,7 +102,7 @@ def which_shape(rng: np.random.Generator) -> tuple[Image.Image, list[facts.Fact]
 
 def shapes(rng: np.random.Generator, accuracy: dict[str, float]) -> Lessons:
     """Which shape is where, the slowest, beside the rest."""
-    for _ in _until_known(accuracy, "shape_at mcq none", share=0.8):  # more takes long
+    for _ in _until_known(accuracy, "shape_at mcq none", share=NEARLY):
         yield [questions(rng, source, accuracy) for source in 12 * [which_shape] + 2 * list(facts.SOURCES)], 1.0
 
 
