@@ -362,15 +362,17 @@ FOR_EVER = "while :; do sleep 0.1; done\n"
 
 def test_a_node_that_answers_for_the_one_that_trains(folder, mcit):
     """A server of the job's own, found and unlocked by what the job says, which goes when the training ends."""
-    Path("run/rollouts-1.sh").write_text("trap 'echo released >> \"$3/seen\"; exit' TERM\n" + FOR_EVER)
+    Path("run/rollouts-1.sh").write_text('echo "process $$" >> "$3/seen"\n' + FOR_EVER)
     Path("run/train-1.sh").write_text('echo "$MCIT_ROLLOUT_URL ${#VLLM_API_KEY}" >> "$3/seen"; sleep 1')
     Path("run/rollouts-2.sh").write_text(FOR_EVER)
     stand_in(mcit, *RFT)
     wait_until_all("COMPLETED")
     assert job_field("run", "train-1", "NodeList") == "one,two"
-    assert {"rollouts-1 on two, restart 0", "train-1 on one, restart 0", "released"} <= set(seen())
+    assert {"rollouts-1 on two, restart 0", "train-1 on one, restart 0"} <= set(seen())
     [address] = [line for line in seen() if line.startswith("http")]
     assert re.fullmatch(r"http://127\.0\.0\.1:3[01]\d{3}/v1 36", address)
+    [process] = [line.split()[1] for line in seen() if line.startswith("process")]
+    wait_for(lambda: not Path("/proc", process).exists(), 60)
 
 
 def test_a_job_queues_again_with_its_server_and_fails_with_it(folder, mcit):

@@ -42,7 +42,7 @@ DESCRIBED = {  # what captions tell of each kind of picture
 KNOWN, PATIENCE = 0.9, 2500  # share of right answers, and steps, at most, until a lesson has them
 NEARLY = 0.8  # where the rest comes by itself as the learning rate falls, and takes long before
 MUON, ADAM = 0.01, 3e-3  # peak learning rates
-GATE = 95.0
+GATE, ASKED = 95.0, 1000  # %, of as many questions of each pair: of 200 a score of 99 can come out below
 EAGER = {"attn_implementation": "eager"}  # quicker than SDPA at 144 tokens on a CPU
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Lessons = Iterator[tuple[list[Row], float]]  # a batch's rows, and how much of the learning rate it gets
@@ -252,7 +252,7 @@ def main() -> None:
     save(model, processor, arguments.out / "tiny_vlm")
     processor = Qwen2_5_VLProcessor.from_pretrained(arguments.out / "tiny_vlm")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.out / "tiny_vlm", dtype=torch.float32)
-    scores = gate(model.to(DEVICE).eval(), processor, arguments.seed, 200)
+    scores = gate(model.to(DEVICE).eval(), processor, arguments.seed, ASKED)
     for name, score in sorted(scores.items(), key=lambda item: item[1]):
         print(f"{score:6.1f}  {name}")
     write_json(arguments.out / "gate.json", scores)
