@@ -17,6 +17,8 @@ from mcit.pipeline.recipe.layers import RECIPES
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.steps import Run
+from mcit.pipeline.run.terminal import Terminal
+from mcit.pipeline.run.vllm_server import serve_rollouts
 from mcit.slurm import cluster, status
 from mcit.slurm.cluster import JobState
 from mcit.slurm.jobs import Job, Submitted, jobs_of, left_of, sweep_job, write_submitted
@@ -157,6 +159,21 @@ def test_a_stage_that_asks_a_server_has_a_node_more_for_it(run, tmp_path):
     assert Site(Profile(vllm=halves), {}, gpus=8).vllm == halves and Site(Profile(), {}, gpus=0).vllm == {}
     run.recipe = load_recipe(tmp_path / "two.yaml", [*RFT, "train.rft.rollout.url='http://a/v1'"])
     assert not any(job.serving for job in jobs_of(run, []))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "line"),
+    [
+        ([], None, "train.rft.rollout.engine: no stage asks a vLLM server. Only engine: server asks one"),
+        (RFT, 3, "two: --stage: the stream has stages 1 to 2"),
+        (RFT, 2, "a run: is not prepared. First: `mcit prepare "),
+    ],
+)
+def test_a_server_that_nobody_could_use_is_not_started(run, tmp_path, overrides, stage, line):
+    run.recipe = load_recipe(tmp_path / "two.yaml", overrides)
+    with pytest.raises(InputError) as refusal:
+        serve_rollouts(run, stage, "127.0.0.1", 8000, [], Terminal())
+    assert line in str(refusal.value)
 
 
 def test_what_comes_after_something_left_is_left(run):
