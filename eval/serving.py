@@ -54,3 +54,13 @@ def read_serving(stage_dir: Path) -> Serving:
     except ValidationError as error:
         first = error.errors()[0]
         raise InputError(first["msg"], where=path, field=".".join(map(str, first["loc"]))) from None
+
+
+def save_processor(processor: Any, folder: Path) -> None:
+    """Write a model's processor beside it, without what tells how it was loaded.
+
+    transformers notes in the tokenizer's file whether the Hub was out of reach (`local_files_only`), and equal policies
+    would have other hashes.
+    """
+    processor.tokenizer.init_kwargs.pop("local_files_only", None)
+    processor.save_pretrained(folder)

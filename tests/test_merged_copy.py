@@ -6,12 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from serving import TINY, lora_policy
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from mcit.data_prep.errors import InputError
 from mcit.eval.engines import merging
 from mcit.eval.engines.merging import merged_copy
 from mcit.eval.lora import load_adapter
+from mcit.eval.serving import save_processor
 
 
 def test_a_merge_is_the_base_as_it_is_served_and_the_lora_rounded_once(tmp_path: Path) -> None:
@@ -84,3 +85,12 @@ def test_an_adapter_of_another_base_is_refused(tmp_path: Path, key: str, problem
         save_file({name.replace("layers.0.", key): tensor for name, tensor in tensors.items()}, path)
     with pytest.raises(InputError, match=problem), merged_copy(policy, tmp_path):
         raise AssertionError("served")
+
+
+def test_a_policy_is_the_same_whether_the_hub_could_be_reached(tmp_path: Path) -> None:
+    """transformers writes down whether it looked there."""
+    for name, offline in (("on", False), ("off", True)):
+        processor = AutoProcessor.from_pretrained(TINY, local_files_only=offline)
+        save_processor(processor, tmp_path / name)
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("on", "off")]
+    assert files[0] == files[1] and "tokenizer_config.json" in files[0]

@@ -25,7 +25,7 @@ from mcit.data_prep.files import hash_json
 
 from ..hashing import model_folder
 from ..lora import Changes, fold, load_adapter
-from ..serving import Serving
+from ..serving import Serving, save_processor
 from .base import Policy
 
 
@@ -40,7 +40,7 @@ def write_merged(serving: Serving, changes: Changes, folder: Path) -> None:
     )
     fold(model, changes)
     model.save_pretrained(folder)
-    AutoProcessor.from_pretrained(serving.base, **source, **serving.processor).save_pretrained(folder)
+    save_processor(AutoProcessor.from_pretrained(serving.base, **source, **serving.processor), folder)
     _lay_out_as(model_folder(serving.base, serving.revision), folder)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mcit.data_prep import schema
 from mcit.eval.lora import Dense, fold
+from mcit.eval.serving import save_processor
 
 from ..planning.outlook import FLOAT, Outlook
 from ..policy.adapters import pattern
@@ -111,4 +112,4 @@ class Osf(Method):
         merged = model.merge_and_unload()
         merged.config, merged.generation_config = self.loaded
         merged.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)

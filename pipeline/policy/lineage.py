@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mcit.data_prep.errors import InputError
 from mcit.eval.lora import Adapter, Factors, fold, linear_layer, load_adapter
+from mcit.eval.serving import save_processor
 
 from .adapters import concat, live_adapter, lora_layers, negate, pattern, rank
 
@@ -153,7 +154,7 @@ def save_whole(model: "PreTrainedModel", processor: Any, dtype: str, loaded: tup
     """
     model.config, model.generation_config = loaded
     model.to(getattr(torch, dtype)).save_pretrained(folder)  # type: ignore[arg-type]
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
 
 
 def freeze(tower: nn.Module) -> None:

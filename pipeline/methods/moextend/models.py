@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from mcit.data_prep.errors import InputError
+from mcit.eval.serving import save_processor
 
 from .experts import count
 
@@ -83,7 +84,7 @@ def save(model: "PreTrainedModel", processor: Any, blocks: dict[int, Any], folde
                 setattr(block.experts, name, nn.Parameter(parameter.detach().transpose(1, 2).contiguous(), False))
     model.save_pretrained(folder)
     config.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
 
 
 def _dense_layers(decoder: Any, layers: Any) -> list[int]:
