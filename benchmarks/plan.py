@@ -19,7 +19,7 @@ from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.run.step import Launch
 
 RECIPE = """
-extends: mini/sequential
+extends: mini/stream
 name: {name}
 stream: [{tasks}]
 prepare: {{limit: {{train: {train}, test: {test}}}}}

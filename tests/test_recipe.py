@@ -132,6 +132,19 @@ def test_extends_goes_one_level(recipe_file, tmp_path):
     assert f"{tmp_path / 'e.yaml'}: extends: no such file: nowhere.yaml" in refusal(tmp_path / "e.yaml")
 
 
+def test_a_recipe_anywhere_extends_a_packaged_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: mini/stream\nname: mine\nstream: [counting, digits]\n")
+    recipe = load_recipe(tmp_path / "mine.yaml")
+    assert ([task.name for task in recipe.tasks], recipe.base_model.path) == (
+        ["counting", "digits"],
+        load_recipe("mini/sequential").base_model.path,
+    )
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini" / "stream").write_text(SMALL)  # a file beside it goes before what is packaged
+    (tmp_path / "mine.yaml").write_text("extends: mini/stream\nname: mine\n")
+    assert [task.name for task in load_recipe(tmp_path / "mine.yaml").tasks] == ["a", "b"]
+
+
 def packaged() -> list[str]:
     files = [file.relative_to(RECIPES).with_suffix("") for file in RECIPES.glob("*/*.yaml")]
     no_recipes = ("methods", "accelerate", "probes")

@@ -71,8 +71,9 @@ def read_layers(name: str | Path, overrides: Iterable[str] = (), with_methods: I
     layer = _read_mapping(path)
     extends, parent = layer.pop("extends", None), {}
     if extends is not None:
-        parent = _parent(path, extends)
-        layers.add(parent, str(path.parent / extends))
+        extended = _extended(path, extends)
+        parent = _parent(path, extended)
+        layers.add(parent, str(extended))
     resolve_paths(layer, path.resolve().parent, under_data="data" in parent)
     stream = layer.get("stream")
     if isinstance(stream, list):
@@ -99,7 +100,7 @@ def find_recipe(name: str | Path) -> Path:
         return path / "recipe.yaml"
     if path.is_file():
         return path
-    packaged = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in _packaged()}
+    packaged = _packaged()
     if str(name) in packaged:
         return packaged[str(name)]
     if path.suffix in (".yaml", ".yml"):
@@ -134,20 +135,29 @@ def _known(key: str, known: Iterable[str], what: str) -> str:
     return f"{what}: {', '.join(known)}" if known else ""
 
 
-def _packaged() -> Iterable[Path]:
-    """The recipes that ship with mcit (not the method files and not the launchers' settings)."""
-    return (file for file in RECIPES.glob("*/*.yaml") if file.parent.name not in ("methods", "accelerate", "probes"))
+def _packaged() -> dict[str, Path]:
+    """The recipes that ship with mcit, by name (not the method files and not the launchers' settings)."""
+    files = (file for file in RECIPES.glob("*/*.yaml") if file.parent.name not in ("methods", "accelerate", "probes"))
+    return {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
 
 
-def _parent(path: Path, extends: Any) -> dict[str, Any]:
+def _extended(path: Path, extends: Any) -> Path:
+    """The file that `extends:` means: one beside the recipe at `path`, or a packaged recipe."""
     if not isinstance(extends, str):
         raise InputError("must be the path of one recipe file", where=path, field="extends")
-    if not (path.parent / extends).is_file():
-        raise InputError(f"no such file: {extends}", where=path, field="extends", remedy="It is relative to this file")
-    parent = read_layer(path.parent / extends)
+    if (path.parent / extends).is_file():
+        return path.parent / extends
+    if packaged := _packaged().get(extends):
+        return packaged
+    remedy = "It is relative to this file, or a packaged recipe (`mini/stream`)"
+    raise InputError(f"no such file: {extends}", where=path, field="extends", remedy=remedy)
+
+
+def _parent(path: Path, extended: Path) -> dict[str, Any]:
+    parent = read_layer(extended)
     if "extends" in parent:
         raise InputError(
-            f"{extends} extends another file itself", where=path, field="extends", remedy="One level is allowed"
+            f"{extended.name} extends another file itself", where=path, field="extends", remedy="One level is allowed"
         )
     return parent
 
