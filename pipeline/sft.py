@@ -6,6 +6,7 @@ accelerate launch --config_file recipes/accelerate/single.yaml pipeline/sft.py -
 import contextlib
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from trl import SFTTrainer
@@ -25,6 +26,7 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
 
     def __init__(self, sampler: GlobalBatchSampler, **kwargs: Any):
         self.sampler = sampler
+        self.places = 0  # of this process's batches, those included that only fill them up
         super().__init__(**kwargs)
         # Qwen-VL, Gemma and others declare that their own forward cannot take the number of tokens of the global batch.
         # TRL computes the loss itself, and can; without it each micro-batch would get the same weight whatever its
@@ -43,8 +45,15 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """See `MethodLoss`."""
+        self.places += inputs["input_ids"].numel()
         with labels_alone() if PACKING in inputs else contextlib.nullcontext():
             return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Also what batches held, beside TRL's `num_tokens`: what went through the model where nothing is packed."""
+        places = torch.tensor(self.places, device=self.args.device)
+        logs["num_places"] = int(self.accelerator.reduce(places, "sum").item())
+        super().log(logs, start_time)
 
     def num_examples(self, dataloader: DataLoader[Any]) -> int:
         """Samples, of which a loader's item holds several."""

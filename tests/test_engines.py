@@ -21,7 +21,7 @@ from mcit.eval.engines.base import image_tokens
 from mcit.eval.engines.settings import EngineFailed, max_lora_rank
 from mcit.eval.engines.transformers import TransformersEngine
 from mcit.eval.engines.vllm import VllmEngine, why_not_vllm
-from mcit.eval.engines.vllm_cpu import expand, expand_slice, shrink
+from mcit.eval.engines.vllm_cpu import add_products, blocks
 
 pytest.importorskip("vllm")
 TOKENS = 12
@@ -319,21 +319,11 @@ def test_grouped_arithmetic_equals_token_by_token_and_leaves_the_base_alone() ->
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(7, 5, generator=generator), torch.randn(7, 10, generator=generator)
     a, b = torch.randn(3, 1, 2, 5, generator=generator), torch.randn(3, 1, 6, 2, generator=generator)
-    slots = torch.tensor([2, -1, 0, 2, 1, -1, 0])
-    low = torch.full((7, 2), 9.0)
-    shrink(x, a, low, slots, 0.5)
-    whole, part = y.clone(), y.clone()
-    expand(low, b, whole, slots, add_inputs=True)
-    expand_slice(low, b, part, slots, 3, 6, add_inputs=False)
-    for t, slot in enumerate(slots.tolist()):
-        down = 0.5 * a[slot, 0] @ x[t] if slot >= 0 else torch.zeros(2)
-        up = b[slot, 0] @ down if slot >= 0 else torch.zeros(6)
-        torch.testing.assert_close(low[t], down)
-        torch.testing.assert_close(whole[t], y[t] + torch.cat([up, torch.zeros(4)]))
-        torch.testing.assert_close(part[t], torch.cat([y[t, :3], up, y[t, 9:]]))
-    short = torch.full((7, 2), 9.0)
-    shrink(x, a, short, slots[:4], 0.5)
-    assert torch.equal(short[:4], low[:4]) and not short[4:].any()
+    slots, found = torch.tensor([2, -1, 0, 2, 1, -1]), y.clone()  # of the last token vLLM says nothing
+    add_products(found, x, [a, a + 1], [b, b - 1], [6, 4], blocks(slots), 0.5)
+    for t, slot in enumerate([*slots.tolist(), -1]):
+        up = [0.5 * b[slot, 0] @ a[slot, 0] @ x[t], (0.5 * (b[slot, 0] - 1) @ (a[slot, 0] + 1) @ x[t])[:4]]
+        torch.testing.assert_close(found[t], y[t] + torch.cat(up) if slot >= 0 else y[t])
 
 
 def test_the_smallest_rank_that_vllm_allows_is_chosen() -> None:

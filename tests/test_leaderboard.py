@@ -242,7 +242,7 @@ def test_which_runs_belong_to_the_board():
     board = {
         "seeds": [0, 1],
         "orders": ["stream", "reversed"],
-        "bases": {"one": "mini/tiny_vlm", "two": "x"},
+        "bases": {"one": "recipes/mini/tiny_vlm", "two": "x"},
         "all": [],
     }
     board["methods"] = {"m": {"main": True}, "b": {"main": True, "bound": "AP"}, "once": {}}
@@ -261,6 +261,8 @@ def test_what_a_run_of_the_board_is():
     assert ewc.eval.cells == "metrics" and found["tiny_vlm/ewc/reversed-seed-3"].recipe().name.startswith("mini-")
     assert [stage.name for stage in ewc.stages] == ["arithmetic", "grounding", "spatial", "counting", "digits"]
     assert len(found["tiny_vlm/multi_task/seed-1"].recipe().stages) == 1
+    folders = {name: Path(found[f"{name}/ewc/stream-seed-0"].recipe().base_model.path) for name in board["bases"]}
+    assert len(folders) == 2 and all((folder / "model.safetensors").is_file() for folder in folders.values())
     assert found["tiny_vlm/low_rate/stream-seed-0"].recipe().train.sft.args["learning_rate"] == 2.5e-4
 
 
@@ -273,7 +275,13 @@ def test_every_run_of_the_board_can_be_made():
 @pytest.fixture
 def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """A small board, whose runs are done as soon as they are begun; `begun` names them."""
-    board = {"seeds": [0, 1], "orders": ["stream"], "bases": {"tiny": "mini/tiny_vlm"}, "left_out": {}, "all": []}
+    board = {
+        "seeds": [0, 1],
+        "orders": ["stream"],
+        "bases": {"tiny": "b"},
+        "left_out": {},
+        "all": [],
+    }
     board["methods"] = {"sequential": {"main": True}, "ewc": {"main": True}, "once": {}}
     given = {"records": tmp_path / "records", "runs": tmp_path / "runs", "launch": "single"}
     options = argparse.Namespace(methods=[], most=None, begun=[], **given)

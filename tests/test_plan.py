@@ -136,7 +136,7 @@ def measured_run(run: Path, method: dict[str, object], seconds: float, runtime: 
     marker = {"seconds": seconds, "inputs": {"train": train, "method": method}, "trained": trained}
     write_json(folder / "done.json", marker)
     write_json(folder / "trained.json", {})
-    write_jsonl(folder / "train_log.jsonl", [{"num_tokens": 1000}, {"train_runtime": runtime}])
+    write_jsonl(folder / "train_log.jsonl", [{"num_tokens": 800, "num_places": 1000}, {"train_runtime": runtime}])
     return run
 
 
@@ -156,11 +156,12 @@ def test_paces_are_means_over_what_was_measured(tmp_path):
 
 def test_what_methods_do_beside_training_is_measured_with_them_or_added(tmp_path):
     """LwF looks at every sample once more: a third of what training takes with checkpointing, half of it without."""
-    plain, lwf = {"reglora": {}}, {"lwf": {}}
+    plain, lwf = {"asd": {}}, {"lwf": {}}
     slow = measured_run(tmp_path / "lwf", expand(lwf), 34.0, 30.0)
-    fast = measured_run(tmp_path / "reglora", expand(plain), 22.0, 20.0)
+    fast = measured_run(tmp_path / "asd", expand(plain), 22.0, 20.0)
     assert measured_training([slow, fast], "h", "sft", lwf) == Pace(4.0, 0.03, 1, passes=False)
     assert measured_training([fast], "h", "sft", lwf) == Pace(2.0, 0.02, 1, passes=True)
     assert measured_training([slow], "h", "sft", {}) is None  # its pace is another's
-    looks = Passes(forward=600, gradients=100)
-    assert extra_tokens(looks, checkpointing=True) == 300 and extra_tokens(looks, checkpointing=False) == 400
+    looks = Passes(forward=600, gradients=100, products=50)
+    assert extra_tokens(looks, checkpointing=True) == 350 and extra_tokens(looks, checkpointing=False) == 450
+    assert extra_tokens(looks, checkpointing=True, filled=1.5) == 500

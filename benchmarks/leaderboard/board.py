@@ -23,7 +23,6 @@ from mcit.eval.leaderboard.comparisons import Board
 from mcit.eval.leaderboard.records import make_record, read_records
 from mcit.eval.leaderboard.tables import KEEPS, tables
 from mcit.pipeline.methods import get_method
-from mcit.pipeline.recipe.layers import RECIPES
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.orders import members
 from mcit.pipeline.recipe.schema import Recipe
@@ -37,14 +36,15 @@ from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal
 
 HERE = Path(__file__).parent
-PAGE = HERE.parents[1] / "docs" / "leaderboard.md"
+ROOT = HERE.parents[1]
+PAGE = ROOT / "docs" / "leaderboard.md"
 
 
 class Entry(NamedTuple):
     """One run of the board."""
 
     base: str
-    model: str  # its folder, from recipes/
+    model: str  # its folder, from the repository's
     method: str
     asked: Mapping[str, Any]  # what the board says of the method
     keys: Sequence[str]  # of the recipe, that are changed
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
     def recipe(self) -> Recipe:
         """What is run. Raises `InputError`."""
         orders = [] if self.order is None else [f"sweep.order=[mini/{self.order}]"]
-        own = [f"base_model.path={RECIPES / self.model}", f"sweep.seed=[{self.seed}]", *orders]
+        own = [f"base_model.path={ROOT / self.model}", f"sweep.seed=[{self.seed}]", *orders]
         recipe, fragments = self.asked.get("recipe", "mini/sequential"), self.asked.get("with", ())
         [member] = members(load_recipe(recipe, [*own, *self.keys], fragments))
         return member.recipe

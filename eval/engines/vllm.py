@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mcit.data_prep.chat import open_image, tokenizer_options
 from mcit.data_prep.errors import InputError
 from mcit.eval.config import EvalConfig
-from mcit.eval.hashing import cache_dir
+from mcit.eval.hashing import cache_dir, model_folder
 
 from .base import (
     Policy,
@@ -102,12 +102,13 @@ class VllmEngine:
             from vllm import LLM
             from vllm.platforms import current_platform
 
+            all_settings = engine_settings(first, max_images, config.max_model_len) | lora | settings
             if current_platform.is_cpu():
-                from .vllm_cpu import install
+                from .vllm_cpu import install, use_threads
 
                 install()
-            usual = engine_settings(first, max_images, config.max_model_len)
-            return LLM(**usual | lora | settings)
+                use_threads(model_folder(all_settings["model"], all_settings["revision"]))
+            return LLM(**all_settings)
         except Exception as error:  # whatever stops vLLM, here it only means: no vLLM
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineFailed(f"vLLM did not start: {reason[:500]}") from error

@@ -1,4 +1,4 @@
-"""vLLM's LoRA arithmetic on a CPU, made right and fast.
+"""vLLM on a CPU: its LoRA arithmetic, made right and fast, and its threads.
 
 vLLM 0.31 multiplies each token with a copy of its adapter's factors, so that a batch of T tokens gathers
 [T, out, max_lora_rank] numbers for every layer: hundreds of megabytes for rank 128 even in a tiny model. Worse, it
@@ -7,58 +7,69 @@ adapter as soon as all slots are taken. Here the tokens of an adapter are multip
 are left alone.
 """
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def _grouped(inputs: Tensor, weights: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
-    """`inputs[t] @ weights[slots[t]].T` for every token t, zero where the slot is negative.
-
-    inputs [tokens, in], weights [slots, (1,) out, in], slots [tokens] → [tokens, out] in `dtype`. The tokens are put in
-    order of their slots once, so that each slot's are one block. (vLLM may give slots of the first tokens alone.)
-    """
-    weights = weights.squeeze(1) if weights.ndim == 4 else weights
-    order = slots.argsort(stable=True)
-    ordered, blocks = inputs[order].to(dtype), torch.zeros(len(order), weights.shape[1], dtype=dtype)
-    start = 0
-    for slot, count in zip(*(found.tolist() for found in slots.unique(return_counts=True)), strict=True):
-        if slot >= 0:
-            torch.mm(ordered[start : start + count], weights[slot].to(dtype).T, out=blocks[start : start + count])
-        start += count
-    return torch.zeros(inputs.shape[0], weights.shape[1], dtype=dtype).index_copy_(0, order, blocks)
+_SMALL = 50 * 2**20  # bytes of weights, so few that threads wait for each other longer than they work
+Blocks = list[tuple[int, Tensor]]  # (adapter slot, which tokens are its)
 
 
-def shrink(inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, scaling: float = 1.0) -> None:
-    """`output = scaling * inputs @ A.T`, in the place of `bgmv_shrink`."""
-    product = _grouped(inputs, weights, slots, output.dtype)
-    output[:, : product.shape[1]] = scaling * product
+def blocks(slots: Tensor) -> Blocks:
+    """The tokens of each slot. `slots` has a slot for each token, negative where it has no adapter."""
+    return [(slot, (slots == slot).nonzero()[:, 0]) for slot in slots.unique().tolist() if slot >= 0]
 
 
-def expand(inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, add_inputs: bool = True) -> None:
-    """`output += inputs @ B.T`, in the place of `bgmv_expand`."""
-    width = min(weights.shape[-2], output.shape[1])  # vLLM may pad one more than the other
-    expand_slice(inputs, weights[..., :width, :], output, slots, 0, width, add_inputs)
-
-
-def expand_slice(
-    inputs: Tensor, weights: Tensor, output: Tensor, slots: Tensor, start: int, size: int, add_inputs: bool = True
+def add_products(
+    y: Tensor, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], widths: Sequence[int], found: Blocks, scale: float
 ) -> None:
-    """`output[:, start : start + size] += inputs @ B.T`, in the place of `bgmv_expand_slice`."""
-    product = _grouped(inputs, weights, slots, output.dtype)
-    if add_inputs:
-        output[:, start : start + size] += product
-    else:
-        output[:, start : start + size] = product
+    """`y[t] += scale * B A x[t]` with the factors of token t's slot, part after part of y, in place.
+
+    x [tokens, in], y [tokens, Σ widths]; of every part a [slots, (1,) rank, in] and b [slots, (1,) width, rank].
+    `A x` is in float32, as in vLLM's kernels for GPUs.
+    """
+    for slot, tokens in found:
+        own = x[tokens].float()
+        start = 0
+        for down, up, width in zip(a, b, widths, strict=True):
+            low = scale * (own @ down[slot].squeeze(0).float().T)
+            product = low.to(y.dtype) @ up[slot].squeeze(0)[:width].to(y.dtype).T
+            y[:, start : start + product.shape[1]].index_add_(0, tokens, product)
+            start += width
+
+
+def use_threads(model: Path) -> None:
+    """Run a small model in one thread, on any core: vLLM takes all cores, and every operation ends with a wait.
+
+    For this process, before vLLM starts. A user's own `VLLM_CPU_OMP_THREADS_BIND` wins.
+    """
+    name = "VLLM_CPU_OMP_THREADS_BIND"
+    if name not in os.environ and sum(file.stat().st_size for file in model.glob("*.safetensors")) < _SMALL:
+        os.environ[name] = "nobind"
+        torch.set_num_threads(1)
 
 
 def install() -> None:
     """Put these in the place of vLLM's CPU functions, for this process."""
-    from vllm.lora.ops.torch_ops import lora_ops
-    from vllm.lora.punica_wrapper import punica_cpu
+    from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    replacements: dict[str, Any] = {"bgmv_shrink": shrink, "bgmv_expand": expand, "bgmv_expand_slice": expand_slice}
-    for name, function in replacements.items():
-        setattr(lora_ops, name, function)  # the sgmv_… functions (prefill) call these
-        setattr(punica_cpu, name, function)
+    def update_metadata(self: Any, *args: Any, **kwargs: Any) -> None:
+        PunicaWrapperBase.update_metadata(self, *args, **kwargs)
+        self.blocks = blocks(self.token_lora_indices)  # once for all layers
+
+    def add_lora_linear(
+        self: Any, y: Tensor, x: Tensor, a: Any, b: Any, scale: float, output_slices: Any, **unused: Any
+    ) -> None:
+        add_products(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), a, b, output_slices, self.blocks, scale)
+
+    def add_lora_logits(self: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, **unused: Any) -> None:
+        found = blocks(self.sampler_indices)
+        add_products(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), [a], [b], [y.shape[-1]], found, scale)
+
+    for function in (update_metadata, add_lora_linear, add_lora_logits):
+        setattr(PunicaWrapperCPU, function.__name__, function)

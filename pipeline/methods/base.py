@@ -142,7 +142,7 @@ class Method:
         return None
 
     def passes(self, outlook: "Outlook") -> Passes:
-        """What the model has to do for the method beside training; replayed samples are counted anyway."""
+        """What there is to do for the method beside training; replayed samples are counted anyway."""
         return Passes()
 
     def callbacks(self) -> list["TrainerCallback"]:

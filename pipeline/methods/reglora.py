@@ -15,7 +15,7 @@ from torch import Tensor
 from mcit.data_prep import schema
 from mcit.data_prep.errors import InputError
 
-from ..planning.outlook import Outlook
+from ..planning.outlook import Outlook, Passes
 from ..policy.adapters import lora_layers
 from .base import Method, StepView
 from .keys import MeanAtKeys, add_keys, total, width
@@ -92,6 +92,15 @@ class RegLora(Method):
     def memory(self, outlook: Outlook) -> float:
         """The counts, dealt out to the processes."""
         return self.disk(outlook) / outlook.processes if outlook.stages > 1 else 0
+
+    def passes(self, outlook: Outlook) -> Passes:
+        """The penalty forms `B A` twice, forward and backward, and two gradients: 8 r operations a weight of the layer.
+
+        A token takes 4 of a frozen weight. As if every weight that a token meets were in an adapted layer.
+        """
+        if not self.config.weight or outlook.stages == 1:
+            return Passes()
+        return Passes(products=2 * outlook.stage.train.lora.r * outlook.steps)
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
         if not self.config.weight:

@@ -77,7 +77,8 @@ def look_through(recipe: "Recipe", model: Any, entering_rank: int, behind: int) 
 
 
 class Passes(NamedTuple):
-    """What a method has the model do beside training, in tokens."""
+    """What a method does beside training, in tokens."""
 
-    forward: float = 0.0  # without gradients
+    forward: float = 0.0  # that the model takes without gradients
     gradients: float = 0.0  # forward and backward
+    products: float = 0.0  # of its own, in the time that so many tokens of training take

@@ -3,8 +3,9 @@
     training    seconds of a stage = start + work × pace / processes
     answers     seconds of an evaluation = start + answers × pace
 
-The work of SFT is tokens, that of GRPO completions; what methods have the model do beside it counts by its share of
-what a token of training takes (`extra_tokens`). `pace` is the time that training itself took over its work
+The work of SFT is tokens, those included that fill up a batch; of rows that are packed, tokens alone; that of GRPO
+completions. What methods have the model do beside it counts by its share of what a token of training takes
+(`extra_tokens`). `pace` is the time that training itself took over its work
 (`train_runtime`, times the processes), `start` what a stage took beyond it, on average. Of answers, `pace` is the
 median over cells of seconds an answer, `start` what is left of their sum. That n processes are n times as fast is
 assumed.
@@ -41,24 +42,26 @@ class Pace(NamedTuple):
         return self.start + self.each * units / processes
 
 
-def extra_tokens(passes: Passes, checkpointing: bool) -> float:
-    """What a method has the model do, in tokens of training.
+def extra_tokens(passes: Passes, checkpointing: bool, filled: float = 1.0) -> float:
+    """What a method does, in tokens of training; batches have `filled` times as many places as tokens.
 
     Of a token of training, the passes forward and backward take as long each, as does running each layer again where
     gradients are checkpointed.
     """
-    return passes.forward / (3 if checkpointing else 2) + passes.gradients
+    return filled * (passes.forward / (3 if checkpointing else 2) + passes.gradients) + passes.products
 
 
-def measured_training(runs: Iterable[Path], base_hash: str, paradigm: str, methods: Section) -> Pace | None:
-    """The pace of training in earlier runs; of RFT, a unit is a completion. None if none was measured.
+def measured_training(
+    runs: Iterable[Path], base_hash: str, paradigm: str, methods: Section, packing: bool = False
+) -> Pace | None:
+    """The pace of training in earlier runs, packed or not; of RFT, a unit is a completion. None if none was measured.
 
     From runs with the same methods; else from those whose methods train and do nothing beside it.
     """
     same, plain = [], []
     for folder in _stages(runs, base_hash):
         inputs = read_json(folder / "done.json")["inputs"]
-        if inputs["train"]["paradigm"] == paradigm:
+        if inputs["train"]["paradigm"] == paradigm and inputs["train"].get("packing", False) == packing:
             if inputs.get("method", {}) == expand(methods):
                 same.append(folder)
             elif _only_train(inputs.get("method", {})):
@@ -74,7 +77,8 @@ def _training_pace(folders: Iterable[Path], paradigm: str) -> Pace | None:
         trained, train = marker["trained"], marker["inputs"]["train"]
         runtime = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)
         if paradigm == "sft":
-            done = next((row["num_tokens"] for row in reversed(log) if "num_tokens" in row), None)
+            unit = "num_tokens" if train.get("packing") else "num_places"
+            done = next((row[unit] for row in reversed(log) if unit in row), None)
         else:
             done = trained["steps"] * train["global_batch_size"]
         if runtime is not None and done:

@@ -96,7 +96,8 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
             training = _training(recipe, shapes, counted, phase, work, methods, machine.launch)
             memory = training_memory(training)
             host = host_memory(training, memory, on_gpu=machine.gpu_memory is not None)
-            pace = measured_training(measured, base_hash, outlook.stage.train.paradigm, recipe.method)
+            train = outlook.stage.train
+            pace = measured_training(measured, base_hash, train.paradigm, recipe.method, train.packing)
             if pace is None and machine.tflops is not None and phase == "sft":
                 pace = assumed_training(shapes.parameters, machine.tflops, _checkpointing(counted, phase))
             rows.append(_row(counted, phase, work, memory, host, pace, methods))
@@ -179,9 +180,11 @@ def _row(
     pace: Pace | None,
     methods: Sequence[Method],
 ) -> StagePlan:
-    units: float = work.tokens if phase == "sft" else work.seen
+    taken = work.tokens if outlook.stage.train.packing else work.places
+    units: float = taken if phase == "sft" else work.seen
     if pace and pace.passes:
-        more = sum(extra_tokens(method.passes(outlook), _checkpointing(outlook, phase)) for method in methods)
+        checkpointing, filled = _checkpointing(outlook, phase), taken / work.tokens if phase == "sft" else 1.0
+        more = sum(extra_tokens(method.passes(outlook), checkpointing, filled) for method in methods)
         units += more if phase == "sft" else more / (outlook.length + work.completion)
     return StagePlan(
         stage=outlook.stage.k,

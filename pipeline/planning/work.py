@@ -36,6 +36,7 @@ class StageWork(NamedTuple):
     steps: int  # of the optimizer
     seen: int  # samples that carry loss, over all steps, replayed ones included
     tokens: int  # of those, prompt, images and answer; RFT: of the prompts of all generations
+    places: int  # SFT: of its batches, those included that fill up what is shorter than the longest; RFT: 0
     longest: int  # tokens of the longest sample
     micro_batch: int  # samples at most of one forward pass of one process
     accumulates: bool  # whether a process sums gradients over several of them
@@ -198,15 +199,16 @@ def _sft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int,
     drawn = list(replays.drawn.values())
     sampler = GlobalBatchSampler(replays.has_images, batch, per_device, processes, seed, drawn)
     steps = _steps(sampler.batches, args)
-    seen = tokens = 0
+    seen = tokens = places = 0
     for epoch in range(-(-steps // sampler.batches)):
         sampler.set_epoch(epoch)
         left = min(sampler.batches, steps - epoch * sampler.batches) * sampler.micro_steps * processes
         for micro_batch, _ in zip(sampler, range(left), strict=False):
             seen += len(micro_batch.samples) if micro_batch.loss else 0
-            tokens += sum(lengths[i] for i in micro_batch.samples)
+            taken = [lengths[i] for i in micro_batch.samples]
+            tokens, places = tokens + sum(taken), places + len(taken) * max(taken)
     accumulates = max(accumulated, sampler.micro_steps) > 1
-    return StageWork(replays.own, steps, seen, tokens, max(lengths), per_device, accumulates, 0, 0, 0)
+    return StageWork(replays.own, steps, seen, tokens, places, max(lengths), per_device, accumulates, 0, 0, 0)
 
 
 def _rft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int, seed: int) -> StageWork:
@@ -229,6 +231,7 @@ def _rft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int,
         steps=steps,
         seen=steps * batch,
         tokens=round(generations * mean(lengths[: replays.own])),
+        places=0,
         longest=max(lengths),
         micro_batch=per_device,
         accumulates=accumulated > 1,

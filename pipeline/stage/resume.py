@@ -34,7 +34,7 @@ WEIGHTS, PROGRESS, SCHEDULER, STATE = "weights.safetensors", "progress_{}.pt", "
 _COUNTERS = (
     *("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "current_flos"),
     *("_metrics", "_total_train_tokens", "_step", "_current_train_step_time", "entropy_coef", "_last_world_entropy"),
-    *("_terms", "_logged_step"),
+    *("_terms", "_logged_step", "places"),
 )
 _Mixin: Any = object  # so that what is transformers' is not looked for here
 
