@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_rft import RECIPE, RFT, copy_run
-from training import COLOURS, make_run, make_samples
+from training import COLOURS, launch, make_run, make_samples
 
 import mcit.pipeline.rft as rft
 import mcit.pipeline.sft as sft
@@ -224,6 +224,27 @@ def test_a_stage_with_groups_drawn_again(trained: tuple[Path, Path], tmp_path: P
         alike.append(sum(row["frac_reward_zero_std"] for row in rows))
     assert alike[1] < alike[0]
     assert read_json(folder / "trained.json")["rollouts"]["drawn_again"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_share_what_is_tried_and_draw_their_groups_again(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tries its half of the samples, once; both then train on the same ones, and so would one process."""
+    monkeypatch.setenv("MCIT_CACHE", str(tmp_path / "cache"))
+    rif = ("method={}", "train.rft.rif={rollouts: 4, keep: competent}", "train.rft.args.temperature=1.0")
+    run = copy_run(trained, tmp_path / "two")
+    launch(run, trained[1], "ddp", 2, *RFT, *rif, "train.rft.rollout.resample=2", stage=2, script="rft")
+    told = read_json(run / "stages" / "02-again" / "trained.json")
+    [file] = (cache_dir() / "rif").iterdir()
+    tried = read_json(file)
+    assert len(tried) == 24 and {len(values) for values in tried.values()} == {4}
+    assert (told["mode"], told["processes"], told["rif"]["cached"]) == ("ddp", 2, False)
+    assert told["rif"]["kept"] == sum(max(values) > 0.5 for values in tried.values()) >= 4
+    assert told["rollouts"]["drawn_again"] > 0
+    alone, trainer = reinforce(copy_run(trained, tmp_path / "one"), trained[1], *rif)
+    assert read_json(alone / "trained.json")["rif"] == {**told["rif"], "cached": True}
+    assert len(trainer.train_dataset) == told["rif"]["kept"]
 
 
 def guarded(config: GuardConfig, *rows: dict[str, float]) -> tuple[Guard, torch.nn.Linear, Any]:
