@@ -49,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     ways = {way: run(way, options) for way in options.ways}
-    machine = f"{platform.processor() or platform.machine()}"
+    machine = platform.processor() or platform.machine()
     write_json(options.out / "growth.json", {"machine": machine, "steps": options.steps, "ways": ways})
     print("\n".join(table(ways)))
 

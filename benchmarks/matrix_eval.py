@@ -46,12 +46,6 @@ WAYS = {
     "batch-1": ("transformers", 1, "cell"),
 }
 TARGETS = {"engine-per-cell": 10.0, "batch-1": 10.0}  # times faster than what peers do
-# What `mcit run` gives its children (pipeline/run/directory.py), here given to all ways.
-AS_IN_A_RUN = {
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": str(2**28),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-}
 
 
 def main() -> None:
@@ -128,7 +122,7 @@ def time_way(way: str, cells: Sequence[Cell], run: Path, copy: Path, timed_cells
         work = {"way": way, "cells": job, "config": config.model_dump()}
         command = [sys.executable, __file__, str(run), str(copy), "--worker", json.dumps(work)]
         cache = copy.parent / f"cache-{way}-{number}"  # an empty one: nobody may find another's answers
-        env = os.environ | AS_IN_A_RUN | {"MCIT_CACHE": str(cache)}
+        env = os.environ | {"MCIT_CACHE": str(cache)}
         start = time.monotonic()
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, check=True)
         seconds, found = time.monotonic() - start, json.loads(done.stdout.splitlines()[-1])

@@ -4,7 +4,7 @@ vLLM 0.31 multiplies each token with a copy of its adapter's factors, so that a 
 [T, out, max_lora_rank] numbers for every layer: hundreds of megabytes for rank 128 even in a tiny model. Worse, it
 looks tokens without an adapter up at index -1, which is the last adapter slot: the base model answers with somebody's
 adapter as soon as all slots are taken. Here the tokens of an adapter are multiplied together, and tokens without one
-are left alone.
+are left alone. (LoRA on embeddings, which mcit does not train, is as vLLM has it.)
 """
 
 import os
