@@ -319,10 +319,13 @@ def test_grouped_arithmetic_equals_token_by_token_and_leaves_the_base_alone() ->
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(7, 5, generator=generator), torch.randn(7, 10, generator=generator)
     a, b = torch.randn(3, 1, 2, 5, generator=generator), torch.randn(3, 1, 6, 2, generator=generator)
-    slots, found = torch.tensor([2, -1, 0, 2, 1, -1]), y.clone()  # of the last token vLLM says nothing
-    add_products(found, x, [a, a + 1], [b, b - 1], [6, 4], blocks(slots), 0.5)
+    a[2, 0, 1] = 0  # an adapter of rank 1, beside those of rank 2
+    a = [a, a * torch.rand(a.shape, generator=generator)]
+    slots, found, ranks = torch.tensor([2, -1, 0, 2, 1, -1]), y.clone(), {}  # of the last token vLLM says nothing
+    add_products(found, x, a, [b, b - 1], [6, 4], blocks(slots), 0.5, ranks)
+    assert list(ranks.values()) == [2, 2, 2, 2, 1, 1]
     for t, slot in enumerate([*slots.tolist(), -1]):
-        up = [0.5 * b[slot, 0] @ a[slot, 0] @ x[t], (0.5 * (b[slot, 0] - 1) @ (a[slot, 0] + 1) @ x[t])[:4]]
+        up = [0.5 * b[slot, 0] @ a[0][slot, 0] @ x[t], (0.5 * (b[slot, 0] - 1) @ a[1][slot, 0] @ x[t])[:4]]
         torch.testing.assert_close(found[t], y[t] + torch.cat(up) if slot >= 0 else y[t])
 
 
