@@ -7,6 +7,7 @@
 
 import argparse
 import contextlib
+import gc
 import json
 import math
 import resource
@@ -66,7 +67,9 @@ def evaluate_cells(
     _check_bases(todo)
     from .engines import share  # here: imports vLLM, which takes seconds
 
-    for policies in share((cell.policy for cell in todo), config):
+    groups = share((cell.policy for cell in todo), config)
+    gc.freeze()  # what has been imported stays, and engines collect garbage several times when they close
+    for policies in groups:
         served = {policy.serving.hash for policy in policies}
         _evaluate_group(policies, [cell for cell in todo if cell.policy.serving.hash in served], config, cache)
 

@@ -30,6 +30,7 @@ def engine_settings(policy: Policy, max_images: int, max_model_len: int | None) 
         "load_format": "safetensors",  # never a pickle
         "dtype": serving.dtype,
         "mm_processor_kwargs": serving.processor or None,
+        "mm_processor_cache_gb": 0,  # a prompt is read once for all policies, by `VllmEngine`
         "limit_mm_per_prompt": {"image": max_images, "video": 0},
         "max_model_len": max_model_len or -1,  # -1: the model's own, less if the memory does not hold it
         # The library of the transformers engine too: held to a pattern, both give the same answers.

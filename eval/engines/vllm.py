@@ -5,8 +5,9 @@ import importlib.util
 import os
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.chat import open_image, tokenizer_options
@@ -43,6 +44,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; without a GPU alone
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report what it runs to its makers
 
+READ = 64  # prompts that are kept as they were read, for the next policy: questions on one picture, if not very many
 IN_FLIGHT = 512  # requests handed to vLLM at a time: enough to keep it busy, few enough to hold their images
 
 
@@ -161,7 +163,7 @@ class VllmEngine:
     ) -> Iterator[tuple[int, Response]]:
         """See `Engine.stream`. The order of work is image → adapter → question, for the encoder and prefix caches."""
         from vllm import SamplingParams
-        from vllm.sampling_params import StructuredOutputsParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         @cache
         def parameters(pattern: str) -> SamplingParams:
@@ -172,6 +174,7 @@ class VllmEngine:
                 logit_bias=dict.fromkeys(self.forbidden, float("-inf")),
                 structured_outputs=StructuredOutputsParams(regex=pattern) if pattern else None,
                 detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
             )
 
         requests, waiting = list(requests), deque(self._order(requests))
@@ -238,17 +241,10 @@ class VllmEngine:
     def _enqueue(self, request: Request, text: str, parameters: Any) -> str:
         from vllm.exceptions import VLLMValidationError
 
-        prompt: dict[str, Any] = {"prompt": text}
-        if request.images:
-            prompt["multi_modal_data"] = {"image": [open_image(path) for path in request.images]}
         try:
-            [name] = self._llm.enqueue(
-                prompt,
-                parameters,
-                lora_request=self._loras[request.policy.serving.hash],
-                use_tqdm=False,
-                tokenization_kwargs=tokenizer_options(self.processor, text),
-            )
+            prompt = self._read(text, *request.images)
+            lora, name = self._loras[request.policy.serving.hash], str(next(self._llm.request_counter))
+            name = self._llm.llm_engine.add_request(name, prompt, parameters, lora_request=lora)
         except VLLMValidationError as error:
             raise InputError(
                 f"vLLM refuses a prompt: {error}",
@@ -256,6 +252,17 @@ class VllmEngine:
                 remedy="Lower base_model.processor.max_pixels, or raise eval.max_model_len",
             ) from error
         return str(name).rsplit("-", 1)[0]  # outputs carry the name without vLLM's random suffix
+
+    @cached_property
+    def _read(self) -> Any:
+        return lru_cache(READ)(self._render)
+
+    def _render(self, text: str, *images: Path) -> Any:
+        """A prompt as vLLM's engine takes it: tokens, and what the processor makes of the images."""
+        prompt: dict[str, Any] = {"prompt": text}
+        if images:
+            prompt["multi_modal_data"] = {"image": [open_image(path) for path in images]}
+        return self._llm._preprocess_cmpl_one(prompt, tokenizer_options(self.processor, text))
 
     def serves(self, policy: Policy) -> bool:
         """See `Engine.serves`."""

@@ -41,16 +41,14 @@ def add_products(
     `A x` is in float32, as in vLLM's kernels for GPUs. `ranks` remembers how far the slots of these parts are filled.
     """
     for slot, tokens in found:
-        own = x[tokens].float()
-        start = 0
+        own, products = x[tokens].float(), []
         for down, up, width in zip(a, b, widths, strict=True):
             rank = ranks.get((down.data_ptr(), slot))
             if rank is None:
                 rank = ranks[down.data_ptr(), slot] = filled(down[slot].squeeze(0))
             low = scale * (own @ down[slot].squeeze(0)[:rank].float().T)
-            product = low.to(y.dtype) @ up[slot].squeeze(0)[:width, :rank].to(y.dtype).T
-            y[:, start : start + product.shape[1]].index_add_(0, tokens, product)
-            start += width
+            products.append(low.to(y.dtype) @ up[slot].squeeze(0)[:width, :rank].to(y.dtype).T)
+        y[:, : sum(one.shape[1] for one in products)].index_add_(0, tokens, torch.cat(products, 1))
 
 
 def filled(a: Tensor) -> int:
@@ -60,21 +58,22 @@ def filled(a: Tensor) -> int:
 
 
 def use_threads(model: Path) -> None:
-    """Run a small model in two threads at most, on any core: vLLM takes all cores, and every operation ends with a
-    wait.
+    """Run a small model in one thread, on any core: vLLM takes all cores, and every operation ends with a wait.
 
-    For this process, before vLLM starts. OMP_NUM_THREADS=1 is heeded, and a user's own VLLM_CPU_OMP_THREADS_BIND wins.
+    For this process, before vLLM starts. A user's own VLLM_CPU_OMP_THREADS_BIND wins.
     """
     name = "VLLM_CPU_OMP_THREADS_BIND"
     if name not in os.environ and sum(file.stat().st_size for file in model.glob("*.safetensors")) < _SMALL:
         os.environ[name] = "nobind"
-        torch.set_num_threads(min(2, torch.get_num_threads()))
+        torch.set_num_threads(1)
 
 
 def install() -> None:
     """Put these in the place of vLLM's CPU functions, for this process."""
     from vllm.lora.punica_wrapper.punica_base import PunicaWrapperBase
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    torch._dynamo.config.disable = True  # all that vLLM would compile here is how it gathers log-probabilities
 
     def update_metadata(self: Any, mapping: Any, ids: list[int | None], *args: Any, **kwargs: Any) -> None:
         PunicaWrapperBase.update_metadata(self, mapping, ids, *args, **kwargs)
