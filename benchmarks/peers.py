@@ -1,13 +1,12 @@
 """TRL's own trainers as they are, on the model, LoRA, batches and arguments of a stage of ours."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset
+from rows import conversations
 from trl import GRPOTrainer, SFTTrainer
 
-from mcit.data_prep.chat import open_image
 from mcit.data_prep.schema import Message, Sample
 from mcit.pipeline.reinforcement.prompts import prompt_dataset
 from mcit.pipeline.reinforcement.trainer import StageGRPOTrainer
@@ -61,7 +60,7 @@ def sft(entered: Entered, merged: bool = False, made: type[PlainSFT] = PlainSFT)
     return made(
         model=entered.model,
         args=make_config(entered, own),
-        train_dataset=_conversations(rows),
+        train_dataset=conversations(rows),
         processing_class=entered.processor,
         callbacks=entered.callbacks,
     )
@@ -77,20 +76,6 @@ def merge(samples: Sequence[Sample]) -> list[Sample]:
             turns: list[Message] = [*row["completion"], *sample["prompt"], *sample["completion"]]
             rows[picture] = {**row, "completion": turns}
     return [*rows.values()]
-
-
-def _conversations(samples: Sequence[Sample]) -> Dataset:
-    """Rows of `prompt`, `completion` and `images`, opened late."""
-
-    def rows(batch: Mapping[str, Any]) -> dict[str, list[Any]]:
-        chosen = [samples[i] for i in batch["index"]]
-        return {
-            "prompt": [sample["prompt"] for sample in chosen],
-            "completion": [sample["completion"] for sample in chosen],
-            "images": [[open_image(path) for path in sample["images"]] for sample in chosen],
-        }
-
-    return Dataset.from_dict({"index": list(range(len(samples)))}).with_transform(rows)
 
 
 def grpo(entered: Entered, made: type[PlainGRPO] = PlainGRPO) -> PlainGRPO:
