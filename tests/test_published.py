@@ -15,7 +15,7 @@ from random_model import PRETRAINED
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mcit.eval.engines.vllm import ignored_tensors
+from mcit.eval.engines.applied import ignored_tensors
 from mcit.eval.lora import Factors
 from mcit.pipeline.policy.adapters import lora_layers, save_adapter
 from mcit.pipeline.policy.lineage import enter
