@@ -1,6 +1,6 @@
 """Does reinforcement tuning forget less than SFT, and what do KL, RIF and chains of thought change? On the mini stream.
 
-    python benchmarks/rft_study.py OUT [--seeds 5]       every arm under every seed; again: it goes on
+    python benchmarks/rft_study.py OUT [--seeds 0 1 …]   every arm under every seed, five of them; again: it goes on
     python benchmarks/rft_study.py OUT --read            only the tables and the plot of what is there
 
 An arm that learned less has less to forget. So what was lost of old tasks stands beside what was gained on new ones,
