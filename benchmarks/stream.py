@@ -128,6 +128,7 @@ def train(base: str, lora: str, previous: str | None, data: str, out: str, size:
         output_dir=out,
         per_device_train_batch_size=size,
         max_length=None,
+        remove_unused_columns=False,
         save_strategy="no",
         report_to=[],
         bf16=False,
