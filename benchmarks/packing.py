@@ -8,12 +8,13 @@ Python takes the time. Three settings, their lengths in `vqa_like.py`:
 
     shared   SFT, 5 questions on each picture, as VQAv2 has, 10 questions a step. Also TRL on the questions of a picture
              merged into one row of several turns, where a question sees those before it: another loss
-    own      SFT, a picture for each question, lengths as in TextVQA at half its pictures' sides, 8 questions a step
+    own      SFT, a picture for each question, lengths as in TextVQA at half its pictures' sides, 32 questions a step,
+             8 at a time
     grpo     a GRPO step on 8 answers of 32 to 80 tokens to a prompt of some 220: a pass for the reference's
              log-probabilities, and the update. Answers are drawn at random, so nothing is generated; reading the
              prompt is in the time
 
-On a CPU TRL computes log-probabilities of all tokens, on a GPU of those with a label; so do packed stages everywhere.
+On a CPU TRL computes log-probabilities of all tokens, on a GPU of those with a label; so do our stages everywhere.
 `trl-labels` is TRL doing so, to tell that apart.
 
 Same LoRA, samples in a batch and arguments for all, float32 on a CPU and bfloat16 on a GPU, no gradient checkpointing.
@@ -59,6 +60,7 @@ class Setting(NamedTuple):
     title: str
     phase: str
     batch: int  # samples of a step, or answers
+    at_once: int  # of these, in a forward pass
     pictures: int  # of a step
     paths: tuple[str, ...]
     target: float  # of packed against TRL
@@ -66,10 +68,10 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "shared": Setting(
-        "5 questions a picture", "sft", 10, 2, ("trl", "trl-labels", "trl-merged", "plain", "packed"), 3.0
+        "5 questions a picture", "sft", 10, 10, 2, ("trl", "trl-labels", "trl-merged", "plain", "packed"), 3.0
     ),
-    "own": Setting("a picture each", "sft", 8, 8, ("trl", "trl-labels", "plain", "packed"), 1.3),
-    "grpo": Setting("8 answers a prompt", "rft", GROUP, 1, ("trl", "trl-labels", "plain", "packed"), 2.0),
+    "own": Setting("a picture each", "sft", 32, 8, 32, ("trl", "trl-labels", "plain", "packed"), 1.3),
+    "grpo": Setting("8 answers a prompt", "rft", GROUP, GROUP, 1, ("trl", "trl-labels", "plain", "packed"), 2.0),
 }
 AGAINST = {
     "trl": "TRL",
@@ -95,7 +97,10 @@ train:
     guard: null
     args: {{{args}, num_generations: {group}, generation_batch_size: {group}, beta: 0.04, max_completion_length: 128}}
 """
-ARGS = "learning_rate: 1.0e-5, max_steps: {steps}, logging_steps: 1, gradient_checkpointing: false"
+ARGS = (
+    "learning_rate: 1.0e-5, max_steps: {steps}, logging_steps: 1, gradient_checkpointing: false, "
+    "per_device_train_batch_size: {at_once}"
+)
 
 
 def main() -> None:
@@ -130,7 +135,7 @@ def measure(folder: Path, model: str, name: str, rounds: int) -> dict[str, Any]:
         build(folder / "base", TEXT, VISION, torch.float32, {})
     write(folder, draw(KINDS[name], setting.pictures * steps), unit)
     told = {"base": TINY if model == "tiny" else folder / "base", "phase": setting.phase, "batch": setting.batch}
-    told |= {"args": ARGS.format(steps=steps), "group": GROUP}
+    told |= {"args": ARGS.format(steps=steps, at_once=setting.at_once), "group": GROUP}
     told |= {"dtype": "bfloat16" if torch.cuda.is_available() else "float32"}
     commands = {}
     for path in setting.paths:

@@ -53,10 +53,11 @@ def sft(entered: Entered, merged: bool = False, made: type[PlainSFT] = PlainSFT)
     alike = same_images(samples) if train.sft.order == "by_image" else None
     order = GlobalBatchSampler(with_images(samples), size, size, 1, entered.seed, alike=alike)
     rows = [samples[index] for step in order for index in step.samples]
+    at_once = train.sft.args["per_device_train_batch_size"]
+    own = {"max_length": None, "train_sampling_strategy": "sequential", "gradient_accumulation_steps": size // at_once}
     if merged:
         rows = merge(rows)
-        size = size * len(rows) // len(samples)
-    own = {"max_length": None, "per_device_train_batch_size": size, "train_sampling_strategy": "sequential"}
+        own["per_device_train_batch_size"] = at_once * len(rows) // len(samples)
     return made(
         model=entered.model,
         args=make_config(entered, own),

@@ -1,6 +1,6 @@
 """A whole stream, trained and evaluated: by `mcit run`, and by a process for every step of it, as peers' scripts do it.
 
-    python benchmarks/stream.py OUT [--recipe mini/sequential] [--timed-cells 10]
+    python benchmarks/stream.py OUT [KEY=VALUE…] [--recipe mini/sequential] [--timed-cells 10]
 
     ours     `mcit run` from an empty cache: data made and checked, every stage trained, the whole matrix in one engine,
              scores, metrics, report
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from figures import figure
 from matrix_eval import link_run, time_way
@@ -37,6 +38,7 @@ def main() -> None:
     """Command line; `--worker` is a process that trains a stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
+    parser.add_argument("keys", nargs="*", default=[], help="of the recipe, to change")
     parser.add_argument("--recipe", default="mini/sequential")
     parser.add_argument("--timed-cells", type=int, help="processes run of the way that has one a cell; default: all")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -45,7 +47,7 @@ def main() -> None:
         train(**json.loads(options.worker))
         return
     run = options.out / "run"
-    seconds = {"ours": ours(options.recipe, run, options.out / "cache")}
+    seconds = {"ours": ours([options.recipe, *options.keys], run, options.out / "cache")}
     training = [peers_stage(run, k, options.out / "peers") for k in range(1, 1 + len(stages(run)))]
     copy, cells = link_run(run, options.out / "cells", None)
     answering = {way: time_way(way, cells, run, copy, options.timed_cells) for way in ("batch-1", "batched")}
@@ -69,9 +71,20 @@ def main() -> None:
     print(json.dumps(facts, indent=1))
 
 
-def ours(recipe: str, run: Path, cache: Path) -> float:
-    """The seconds of `mcit run`."""
-    command = [sys.executable, "-c", "from mcit.pipeline.cli import main; main()", "run", recipe, "--run-dir", run]
+def ours(recipe: list[str], run: Path, cache: Path) -> float:
+    """The seconds of `mcit run` on a recipe and what is changed in it."""
+    launch = "single" if torch.cuda.is_available() else "fork"
+    command = [
+        sys.executable,
+        "-c",
+        "from mcit.pipeline.cli import main; main()",
+        "run",
+        *recipe,
+        "--run-dir",
+        run,
+        "--launch",
+        launch,
+    ]
     start = time.monotonic()
     keys = ["train.lineage=continue", "eval.constrained=false"]
     subprocess.run([*command, *keys], env=os.environ | {"MCIT_CACHE": str(cache)}, check=True)
@@ -84,8 +97,8 @@ def stages(run: Path) -> list[Path]:
 
 
 def trained_in(stage: Path) -> float:
-    """The seconds of a stage's process."""
-    return float(read_json(stage / "trained.json")["seconds"])
+    """The seconds of a stage, its process and all."""
+    return float(read_json(stage / "done.json")["seconds"])
 
 
 def peers_stage(run: Path, k: int, out: Path) -> float:
@@ -121,7 +134,8 @@ def train(base: str, lora: str, previous: str | None, data: str, out: str, size:
         sample["images"] = [str(image_path(data, task, name)) for name in sample["images"]]
     texts = [{name: sample[name] for name in ("prompt", "completion")} for sample in samples]
     model = AutoModelForImageTextToText.from_pretrained(base, dtype="float32")
-    config = LoraConfig.from_pretrained(lora, inference_mode=False)
+    config = LoraConfig.from_pretrained(lora)
+    config.inference_mode = False  # as it was saved
     if previous:
         model = PeftModel.from_pretrained(model, previous, is_trainable=True)
     arguments = SFTConfig(

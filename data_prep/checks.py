@@ -25,10 +25,11 @@ class Lengths(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """Lengths by part, and why which samples (by part and id) do not fit."""
+    """Lengths by part, why which samples (by part and id) do not fit, and the tokens of each that trains, by id."""
 
     lengths: dict[Part, Lengths]
     bad: dict[Part, dict[str, str]]
+    tokens: dict[str, int]
 
 
 def check_samples(
@@ -51,6 +52,7 @@ def check_samples(
     count = TokenCounter(processor, read_images(path), lambda name: image_path(path, task, name))
     lengths: dict[Part, Lengths] = {}
     bad: dict[Part, dict[str, str]] = {}
+    tokens: dict[str, int] = {}
     for part in PARTS:
         found = Tally()
         bad[part] = {}
@@ -66,13 +68,15 @@ def check_samples(
                 problem, remedy = _too_long(result, limit, key, len(sample["images"]))
             else:
                 found.add(sample["id"], result)
+                if part == "train":
+                    tokens[sample["id"]] = result
                 continue
             if on_bad == "error":
                 raise InputError(problem, where=task["name"], field=f"{part} sample {sample['id']}", remedy=remedy)
             bad[part][sample["id"]] = problem
         if found.samples:
             lengths[part] = found.lengths()
-    return Fit(lengths, bad)
+    return Fit(lengths, bad, tokens)
 
 
 def _too_long(tokens: int, limit: int, key: str | None, images: int) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 accelerate launch --config_file recipes/accelerate/single.yaml pipeline/sft.py --recipe mini/sefe --stage 2
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -13,11 +12,11 @@ from trl import SFTTrainer
 
 from mcit.pipeline.stage.entering import Entered
 from mcit.pipeline.stage.stage import main
-from mcit.pipeline.training.arguments import make_config, processes, split_batch
-from mcit.pipeline.training.batches import GlobalBatchSampler, MicroBatches, same_images
+from mcit.pipeline.training.arguments import make_config, processes
+from mcit.pipeline.training.batches import GlobalBatchSampler, MicroBatches
 from mcit.pipeline.training.collator import IGNORED, Collator
 from mcit.pipeline.training.head import labels_alone
-from mcit.pipeline.training.packing import PACKING, read_packed
+from mcit.pipeline.training.packing import read_packed
 from mcit.pipeline.training.trainer import MethodLoss
 
 
@@ -46,7 +45,7 @@ class StageSFTTrainer(MethodLoss, SFTTrainer):
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """See `MethodLoss`."""
         self.places += inputs["input_ids"].numel()
-        with labels_alone() if PACKING in inputs else contextlib.nullcontext():
+        with labels_alone():
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -71,17 +70,13 @@ def make_trainer(entered: Entered) -> StageSFTTrainer:
     Replayed samples are in the same micro-batches: rows know nothing of each other, and a forward pass is saved.
     """
     train, replays = entered.stage.train, entered.replays
-    wanted, size = train.sft.args.get("per_device_train_batch_size"), train.batch_size("sft")
-    per_device, _ = split_batch(size, processes(), wanted, replays.per_batch)
-    drawn = list(replays.drawn.values())
-    alike = same_images(entered.samples) if train.sft.order == "by_image" else None
-    sampler = GlobalBatchSampler(replays.has_images, size, per_device, processes(), entered.seed, drawn, alike)
+    sampler = replays.batches(train, entered.lengths, processes(), entered.seed)
     packed = read_packed(entered.model) if train.packing else None
     own = {
         "max_length": None,
         "packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "per_device_train_batch_size": per_device,
+        "per_device_train_batch_size": sampler.per_device,
         "gradient_accumulation_steps": sampler.micro_steps,
     }
     return StageSFTTrainer(

@@ -3,6 +3,7 @@
 import os
 import random
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,15 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.stage.stage import run_stage
-from mcit.pipeline.training.batches import Drawn, GlobalBatchSampler, GroupSampler, MicroBatch, deal, micro_steps
+from mcit.pipeline.training.batches import (
+    Drawn,
+    GlobalBatchSampler,
+    GroupSampler,
+    MicroBatch,
+    by_length,
+    deal,
+    micro_steps,
+)
 
 SPLITS = [(1, 8), (1, 4), (1, 2), (1, 1), (2, 4), (2, 1), (4, 2), (8, 1)]  # processes, per device; 8 a global batch
 
@@ -76,6 +85,44 @@ def test_one_kind_is_dealt_as_it_comes() -> None:
     dealt = list(GlobalBatchSampler([True] * 16, 8, per_device=2, processes=2, seed=0))
     assert [i for share in dealt for i in share.samples] == [i for batch in plain(16, 0, 0) for i in batch]
     assert all(share.loss and len(share.samples) == 2 for share in dealt)
+
+
+@pytest.mark.parametrize(("processes", "per_device"), SPLITS)
+@pytest.mark.parametrize("kinds", [(40, 0), (0, 19), (21, 18)])
+def test_a_global_batch_is_dealt_from_long_to_short(kinds: tuple[int, int], processes: int, per_device: int) -> None:
+    """The same global batches, less padding, and what is drawn beside still last in its micro-batch."""
+    own, rng = sum(kinds), random.Random(0)
+    has_images = [*mixture(*kinds), True, False, True]
+    lengths = [rng.randrange(10, 100) for _ in has_images]
+    drawn = [Drawn(range(own, own + 3), 2)]
+    before, dealt = (
+        by_step(GlobalBatchSampler(has_images, 8, per_device, processes, 3, drawn, lengths=known))
+        for known in (None, lengths)
+    )
+    places = [0, 0]
+    for batches in zip(before, dealt, strict=True):
+        learned = [
+            Counter(i for step in batch for share in step if share.loss for i in share.samples) for batch in batches
+        ]
+        assert learned[0] == learned[1]
+        for which, batch in enumerate(batches):
+            places[which] += sum(
+                len(share.samples) * max(lengths[i] for i in share.samples) for step in batch for share in step
+            )
+        for kind in (True, False):
+            steps = [step for step in batches[1] if has_images[step[0].samples[0]] == kind]
+            spans = [[lengths[i] for share in step if share.loss for i in share.samples] for step in steps]
+            assert all(min(one) >= max(other) for one, other in pairwise(filter(None, spans)))
+        for share in (share for step in batches[1] for share in step):
+            assert [i >= own for i in share.samples] == sorted(i >= own for i in share.samples)
+    assert places[1] <= places[0] and (per_device in (1, 8) or places[1] < 0.95 * places[0])
+
+
+def test_trees_stay_together_and_no_process_always_has_the_longest() -> None:
+    lengths, trees = [9, 5, 8, 1, 7, 2, 6, 3], list("abcdadcb")
+    assert by_length(range(8), lengths, trees) == [0, 4, 2, 6, 1, 7, 3, 5]
+    [steps] = by_step(GlobalBatchSampler([True] * 8, 8, 2, 2, 0, lengths=lengths, trees=trees))
+    assert [{*share.samples} for step in steps for share in step] == [{0, 4}, {2, 6}, {3, 5}, {1, 7}]
 
 
 def test_an_epoch_has_its_own_order_and_a_seed_decides_it() -> None:

@@ -187,6 +187,14 @@ def test_full_trains_the_weights_that_are_not_frozen(vision: str, projector: str
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_the_projector_is_aligned_alone() -> None:
+    model = enter(tiny_model(), None, config("full", modules={"language": "frozen", "projector": "full"}))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if ".merger." in name} != set()
+    with pytest.raises(InputError, match=r"train.modules: leave nothing to train. Set one of language, projector, vis"):
+        check_modules(config("full", modules={"language": "frozen"}))
+
+
 def test_full_refuses_a_mixture_of_experts(tmp_path) -> None:
     save_qwen3_vl_moe(tmp_path)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path)

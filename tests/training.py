@@ -22,6 +22,7 @@ from mcit.data_prep.schema import Config, Sample
 from mcit.eval.lora import Adapter, Factors
 from mcit.eval.serving import Serving, write_serving
 from mcit.pipeline.methods import Method, StepView
+from mcit.pipeline.run.lengths import write_lengths
 
 COLOURS = ("red", "green", "blue", "white")
 
@@ -114,8 +115,11 @@ def make_run(
     anchors: dict[str, list[Sample]] = {},  # noqa: B006
 ) -> Path:
     """A run folder as `mcit prepare` leaves it; returns the recipe's path. `recipe` is YAML below name and model."""
+    lengths = dict[str, dict[str, int]]()
     for name, samples in {**tasks, **anchors}.items():
         write_task(run / "data" / name, samples)
+        lengths[name] = {sample["id"]: len(str(sample["completion"])) for sample in samples}  # as uneven as tokens are
+    write_lengths(run, lengths)
     base = run / "stages" / "00-base"
     base.mkdir(parents=True)
     serving = Serving(stage=0, name="base", kind="base", base=str(model), dtype="float32", base_hash="b", hash="b")

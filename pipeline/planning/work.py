@@ -21,7 +21,7 @@ from ..methods import Method
 from ..recipe.schedule import past_of, trained_in
 from ..recipe.schema import Phase, Recipe, Stage
 from ..training.arguments import split_batch
-from ..training.batches import GlobalBatchSampler, by_kind, with_images
+from ..training.batches import by_kind, with_images
 from ..training.collator import Collator
 from ..training.replay import Replays
 from .outlook import Outlook
@@ -193,11 +193,7 @@ def judged(recipe: Recipe, prepared: Prepared) -> Judged | None:
 
 def _sft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int, seed: int) -> StageWork:
     """The very batches that training draws, one after the other."""
-    args, batch = stage.train.sft.args, stage.train.batch_size("sft")
-    wanted = args.get("per_device_train_batch_size")
-    per_device, accumulated = split_batch(batch, processes, wanted, replays.per_batch)
-    drawn = list(replays.drawn.values())
-    sampler = GlobalBatchSampler(replays.has_images, batch, per_device, processes, seed, drawn)
+    args, sampler = stage.train.sft.args, replays.batches(stage.train, lengths, processes, seed)
     steps = _steps(sampler.batches, args)
     seen = tokens = places = 0
     for epoch in range(-(-steps // sampler.batches)):
@@ -207,8 +203,8 @@ def _sft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int,
             seen += len(micro_batch.samples) if micro_batch.loss else 0
             taken = [lengths[i] for i in micro_batch.samples]
             tokens, places = tokens + sum(taken), places + len(taken) * max(taken)
-    accumulates = max(accumulated, sampler.micro_steps) > 1
-    return StageWork(replays.own, steps, seen, tokens, places, max(lengths), per_device, accumulates, 0, 0, 0)
+    accumulates = sampler.micro_steps > 1
+    return StageWork(replays.own, steps, seen, tokens, places, max(lengths), sampler.per_device, accumulates, 0, 0, 0)
 
 
 def _rft(stage: Stage, replays: Replays, lengths: Sequence[int], processes: int, seed: int) -> StageWork:

@@ -125,7 +125,7 @@ def load_past(previous: Path | None, train: "TrainConfig") -> Adapter:
 
 
 def train_whole(model: "PreTrainedModel", modules: "ModulesConfig") -> "PreTrainedModel":
-    """Train the weights themselves: the language model's, and those of projector and tower that are not `frozen`.
+    """Train the weights themselves, of those parts that are not `frozen`.
 
     All weights become float32, whatever they are stored in: steps of 1e-6 would vanish in bfloat16. (DeepSpeed keeps
     float32 of its own, and casts the model back.) Raises `InputError` for a mixture of experts: transformers writes it
@@ -143,8 +143,12 @@ def train_whole(model: "PreTrainedModel", modules: "ModulesConfig") -> "PreTrain
 def whole_parameters(model: "PreTrainedModel", modules: "ModulesConfig") -> list[tuple[str, nn.Parameter]]:
     """The parameters that lineage `full` trains, by name."""
     parts = by_part(model, [name for name, _ in model.named_parameters()])
-    frozen = {name for part in ("projector", "vision") if getattr(modules, part) == "frozen" for name in parts[part]}
-    return [(name, parameter) for name, parameter in model.named_parameters() if name not in frozen]
+    part = {name: part for part in ("projector", "vision") for name in parts[part]}  # the rest goes with the language
+    return [
+        (name, parameter)
+        for name, parameter in model.named_parameters()
+        if getattr(modules, part.get(name, "language")) != "frozen"
+    ]
 
 
 def save_whole(model: "PreTrainedModel", processor: Any, dtype: str, loaded: tuple[Any, Any], folder: Path) -> None:

@@ -39,7 +39,7 @@ class ModelConfig(Config):
 class ModulesConfig(Config):
     """What is trained: LoRA on linear layers, or under lineage `full` the weights themselves, embeddings included."""
 
-    language: Literal["lora", "full"] = "lora"
+    language: Literal["frozen", "lora", "full"] = "lora"
     projector: Literal["frozen", "lora", "full"] = "frozen"
     vision: Literal["frozen", "lora", "full"] = "frozen"
 
@@ -73,6 +73,8 @@ class TrainConfig(Config):
         default=None, gt=0
     )  # tokens of a sample, images included; default: the model's context
     packing: bool = False  # several samples in a row; what those on one picture, or answers to one prompt, share, once
+    # GiB of each process's main memory for what a frozen tower makes of pictures, so that none is encoded twice.
+    picture_cache: float = Field(default=0.0, ge=0)
     # Optimizer steps, or `90s`, `10m`, `2h`, or `never`, between checkpoints inside a stage. Changes no result.
     checkpoint_every: int | str = "10m"
     sft: SftSection = Field(default_factory=SftSection)

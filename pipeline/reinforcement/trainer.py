@@ -77,12 +77,10 @@ class StageGRPOTrainer(MethodLoss, GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.packed:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         group: Any = self.num_generations
         with labels_alone():
-            packed = packed_groups(model, group, self.packed)
-            return super()._get_per_token_logps_and_entropies(packed, *args, **kwargs)
+            read = packed_groups(model, group, self.packed) if self.packed else model
+            return super()._get_per_token_logps_and_entropies(read, *args, **kwargs)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self.asked = [row["sample"] for row in inputs]  # a `rollout_func` is told the prompts alone

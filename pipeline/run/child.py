@@ -71,10 +71,10 @@ def run_child(
     log.parent.mkdir(parents=True, exist_ok=True)
     last: deque[str] = deque(maxlen=100)
     refused = None
-    begin = partial(start or _spawn, command, env, keep_open)
-    with open(log, "wb") as file, _watched(begin, file, launcher) as child:
+    begin = partial(start or spawn, command, env, keep_open)
+    with open(log, "wb") as file, watched(begin, file, launcher) as child:
         assert child.stdout is not None
-        for line in _lines(child.stdout, file):
+        for line in lines(child.stdout, file):
             last.append(line)
             refused = line.removeprefix("error: ") if line.startswith("error: ") else refused
             show(line.strip())
@@ -88,7 +88,7 @@ def run_child(
         raise ChildFailed("\n".join([*_without_launcher(list(last))[-15:], f"exit code {code}; the whole log: {log}"]))
 
 
-def _spawn(command: Sequence[str], env: Mapping[str, str], keep_open: Sequence[int]) -> subprocess.Popen[bytes]:
+def spawn(command: Sequence[str], env: Mapping[str, str], keep_open: Sequence[int]) -> subprocess.Popen[bytes]:
     """A new process that runs `command`."""
     return subprocess.Popen(
         command,
@@ -102,7 +102,7 @@ def _spawn(command: Sequence[str], env: Mapping[str, str], keep_open: Sequence[i
 
 
 @contextlib.contextmanager
-def _watched(begin: Callable[[], Child], log: IO[bytes], launcher: bool) -> Iterator[Child]:
+def watched(begin: Callable[[], Child], log: IO[bytes], launcher: bool) -> Iterator[Child]:
     """The child in a process group of its own, stopped when the block is left by an error or this process dies.
 
     What a launcher that died has left of its group does not outlive the block either. A launcher's group is asked again
@@ -138,7 +138,7 @@ def _stop(child: Child, log: IO[bytes], again: bool) -> None:
     What it still says is logged.
     """
     assert child.stdout is not None
-    rest = threading.Thread(target=deque, args=(_lines(child.stdout, log), 0), daemon=True)
+    rest = threading.Thread(target=deque, args=(lines(child.stdout, log), 0), daemon=True)
     rest.start()
     start, asked = time.monotonic(), -1.0
     while child.poll() is None or _lives(child.pid):
@@ -167,14 +167,14 @@ def _runs_in(group: int, stat: Path) -> bool:
     return False
 
 
-def _without_launcher(lines: list[str]) -> list[str]:
+def _without_launcher(said: list[str]) -> list[str]:
     """The lines without the traceback in which the launcher only says that its script has failed."""
-    starts = [place for place, line in enumerate(lines) if line.startswith("Traceback ")]
-    of_launcher = starts and any("accelerate/commands/launch.py" in line for line in lines[starts[-1] :])
-    return lines[: starts[-1]] if of_launcher else lines
+    starts = [place for place, line in enumerate(said) if line.startswith("Traceback ")]
+    of_launcher = starts and any("accelerate/commands/launch.py" in line for line in said[starts[-1] :])
+    return said[: starts[-1]] if of_launcher else said
 
 
-def _lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
+def lines(stream: IO[bytes], log: IO[bytes]) -> Iterator[str]:
     """The non-empty lines of `stream`, carriage returns counting as line ends; everything also goes to `log`.
 
     Secrets go nowhere.
@@ -194,5 +194,5 @@ def _logged(data: bytes, log: IO[bytes]) -> Iterator[str]:
     if clean := redact(text):
         log.write(clean.encode(errors="surrogateescape"))
         log.flush()
-    lines = _LINE_END.split(clean.encode(errors="surrogateescape"))
-    yield from (line.decode(errors="replace").rstrip() for line in lines if line.strip())
+    parts = _LINE_END.split(clean.encode(errors="surrogateescape"))
+    yield from (part.decode(errors="replace").rstrip() for part in parts if part.strip())

@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "cpu_cores": cores(),
         "memory_gib": _memory_gib(),
-        "gpus": _gpus(),
+        "gpus": gpus(),
         "git": _git(),
     }
 
@@ -147,7 +147,7 @@ def _memory_gib() -> float:
     return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
     """Names and memory of NVIDIA GPUs, by the driver's own tool (importing torch would take seconds)."""
     if not shutil.which("nvidia-smi"):
         return []
@@ -158,7 +158,7 @@ def _gpus() -> list[str]:
 
 def gpu_gib() -> float | None:
     """Memory of the smallest GPU here, GiB; None without one."""
-    sizes = [float(gpu.rpartition(",")[2].split()[0]) / 1024 for gpu in _gpus()]
+    sizes = [float(gpu.rpartition(",")[2].split()[0]) / 1024 for gpu in gpus()]
     return min(sizes, default=None)
 
 

@@ -12,6 +12,7 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 
 from .directory import RunDirectory
 from .disk import check_run, handed_rank
+from .lengths import has_lengths, write_lengths
 from .start import check_start, find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Show, Step
 
@@ -110,7 +111,8 @@ class Preparing(RunDirectory):
             return Path(read_json(step.marker)["folder"])
 
         def there() -> bool:
-            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.sources)
+            linked = all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.sources)
+            return linked and has_lengths(self.dir)
 
         def inputs() -> Facts | None:
             row0, *markers = [step.done() for step in (base, *prepared)]
@@ -140,7 +142,7 @@ class Preparing(RunDirectory):
             entered = self.stage_dir(0)
             check_run(self.dir, recipe, config, done, handed_rank(entered), stages_behind(entered))
             context, processor = config.get_text_config().max_position_embeddings, load_processor(row0)
-            longest, notes = {}, []
+            longest, notes, tokens = {}, [], dict[str, dict[str, int]]()
             for task, step in pairs:
                 show(f"tokens of {task.name}")
                 limits = recipe.max_length(task.name), recipe.eval.max_model_len, context
@@ -150,6 +152,8 @@ class Preparing(RunDirectory):
                 notes += check_gold(folder)
                 replace_link(self.dir / "data" / task.name, folder)
                 longest[task.name] = {part: lengths.max for part, lengths in fit.lengths.items()}
+                tokens[task.name] = fit.tokens
+            write_lengths(self.dir, tokens)
             state = state_hash(sorted((self.stage_dir(0) / "method").glob("*")))
             return {"policy": row0.hash, "state": state, "longest": longest, "notes": notes}
 

@@ -10,7 +10,8 @@ from mcit.eval.sweep import assemble_sweep
 
 from ..recipe.orders import Member, members
 from ..recipe.schema import Recipe
-from .runner import perform_steps, start_run, take_up
+from .beside import perform_run
+from .runner import start_run, take_up
 from .status import State, Status, run_status
 from .step import Launch
 from .steps import Run
@@ -47,16 +48,16 @@ def start_sweep(recipe: Recipe, run_dir: Path, launch: Launch, terminal: Termina
     return sweep
 
 
-def run_sweep(sweep: Sweep, terminal: Terminal) -> None:
+def run_sweep(sweep: Sweep, terminal: Terminal, beside: str | None = None) -> None:
     """Do what is left of every run, one after the other; the sweep's results are those of the runs that are done.
 
-    Raises `InputError` and `ChildFailed`; what was done stays done.
+    `beside`: see `perform_run`. Raises `InputError` and `ChildFailed`; what was done stays done.
     """
     done = {name for name, status in sweep_status(sweep)["runs"].items() if status["state"] == "done"}
     for number, member in enumerate(sweep.members, 1):
         terminal.say(f"{member.name}, {number} of {len(sweep.members)}", "bold")
         run = sweep.run(member)
-        perform_steps(run, run.steps(), terminal)
+        perform_run(run, terminal, beside)
         done.add(member.name)
         _gather(sweep, done)
     write_json(sweep.dir / "status.json", sweep_status(sweep))

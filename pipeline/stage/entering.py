@@ -26,9 +26,11 @@ from ..policy.quantization import keep_trainable, quantised_options
 from ..recipe.schedule import past_of, trained_in
 from ..recipe.schema import ModelConfig, Phase, Recipe, Stage
 from ..run.disk import check_disk, handed_rank, stage_needs
+from ..run.lengths import lengths_of
 from ..run.start import stages_behind
 from ..training.arguments import deepspeed
 from ..training.collator import Collator
+from ..training.pictures import remember_pictures
 from ..training.replay import Replays
 from ..training.trainer import FiniteLoss
 from .leaving import load_state
@@ -62,6 +64,7 @@ class Entered:
     processor: Any
     samples: list[Sample]  # image paths absolute
     replays: Replays  # these, and what methods see beside them
+    lengths: list[int]  # tokens of each of `replays.samples`, images included
     tasks: dict[str, PreparedTask]
     anchors: dict[str, PreparedTask]
     max_length: int  # tokens
@@ -157,6 +160,8 @@ def enter_stage(
     for method in methods:
         method.build(tuned, states[method.name])
     freeze(model.get_encoder("image"))
+    if stage.train.picture_cache:
+        remember_pictures(tuned, stage.train.picture_cache * 2**30)
     return Entered(
         recipe=recipe,
         stage=stage,
@@ -166,6 +171,7 @@ def enter_stage(
         processor=processor,
         samples=samples,
         replays=replays,
+        lengths=lengths_of(run_dir, replays.samples),
         tasks=tasks,
         anchors=anchors,
         max_length=max_length,

@@ -97,6 +97,8 @@ def check_mode(recipe: "Recipe", stage: "Stage", methods: Iterable["Method"], mo
         raise InputError(f"stages do not run under {mode}", where="--launch", remedy=f"Use {', '.join(DISTRIBUTED)}")
     if mode == "zero3" and stage.train.lineage == "full":
         raise InputError("does not run under zero3", where="recipe", field="train.lineage: full", remedy="Use zero2")
+    if mode == "zero3" and stage.train.picture_cache:  # some would encode, and wait forever for those that remember
+        raise InputError("does not run under zero3", where="recipe", field="train.picture_cache", remedy="Leave it out")
     if mode == "zero3" and recipe.eval.during:  # its processes ask different numbers of times, and would wait forever
         raise InputError("does not run under zero3", where="recipe", field="eval.during", remedy="Leave it out")
     for method in methods:
@@ -106,9 +108,19 @@ def check_mode(recipe: "Recipe", stage: "Stage", methods: Iterable["Method"], mo
 
 
 def check_modules(train: "TrainConfig") -> None:
-    """Refuse weights trained in full under a lineage of adapters, and adapters under `full`. Raises `InputError`."""
+    """Refuse weights trained in full under a lineage of adapters, adapters under `full`, and training nothing.
+
+    Raises `InputError`.
+    """
     trained, other = ("full", "lora") if train.lineage == "full" else ("lora", "full")
-    for part, how in train.modules.model_dump().items():
+    parts = train.modules.model_dump()
+    if train.picture_cache and {parts["vision"], parts["projector"]} != {"frozen"}:
+        problem, remedy = "is for a tower and a projector that are frozen", "Leave it out"
+        raise InputError(problem, where="recipe", field="train.picture_cache", remedy=remedy)
+    if {*parts.values()} == {"frozen"}:
+        remedy = f"Set one of {', '.join(parts)} to {trained}"
+        raise InputError("leave nothing to train", where="recipe", field="train.modules", remedy=remedy)
+    for part, how in parts.items():
         if how == other:
             raise InputError(
                 f"is `{other}`, and lineage {train.lineage} trains {trained}",

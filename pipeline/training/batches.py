@@ -91,7 +91,13 @@ def deal(
     for kind, count in zip(kinds, needed, strict=True):
         for step in _evenly(kind, count):
             shares = _evenly(step, processes)
-            yield [MicroBatch(share) if share else MicroBatch(kind[:1], loss=False) for share in shares]
+            yield [MicroBatch(share) if share else MicroBatch(kind[-1:], loss=False) for share in shares]
+
+
+def by_length(batch: Sequence[int], lengths: Sequence[int], alike: Sequence[Hashable]) -> list[int]:
+    """A batch from long to short; samples with equal `alike` follow each other, where the longest of them is."""
+    groups = _grouped(batch, alike)
+    return [i for group in sorted(groups, key=lambda group: -max(lengths[i] for i in group)) for i in group]
 
 
 class GlobalBatchSampler(Sampler[MicroBatch]):
@@ -107,6 +113,10 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
     What is `drawn` beside the stage's own samples has the indices behind theirs. It changes neither which of these are
     in a global batch nor how many global batches there are, and comes last in a micro-batch. Where `alike` is given,
     the permutation is one of those in which the stage's samples with equal values follow each other.
+
+    Where `lengths` are given, of all samples, a global batch of several micro-batches is dealt from long to short, so
+    that little of a micro-batch is padding, and the longest of a micro-step go to the first process and the last one in
+    turns; those of equal `trees`, if given, stay together.
     """
 
     def __init__(
@@ -118,10 +128,12 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
         seed: int,
         drawn: Sequence[Drawn] = (),
         alike: Sequence[Hashable] | None = None,
+        lengths: Sequence[int] | None = None,
+        trees: Sequence[Hashable] | None = None,
     ):
-        self.alike = alike
+        self.alike, self.lengths, self.trees = alike, lengths, trees or range(len(has_images))
         self.has_images, self.global_batch_size = has_images, global_batch_size
-        self.processes, self.seed, self.drawn = processes, seed, drawn
+        self.per_device, self.processes, self.seed, self.drawn = per_device, processes, seed, drawn
         self.own = len(has_images) - sum(len(beside.indices) for beside in drawn)
         self.batches = -(-self.own // global_batch_size)  # an epoch
         self.micro_step_size = per_device * processes  # samples, at most
@@ -146,8 +158,12 @@ class GlobalBatchSampler(Sampler[MicroBatch]):
         first = self.epoch * self.batches
         for number, batch in enumerate(_filled(order, self.global_batch_size), first):
             batch += [index for beside in self.drawn for index in beside.of(number, self.seed)]
-            for step in deal(batch, self.has_images, self.micro_step_size, self.processes, self.micro_steps):
-                yield from step
+            if self.lengths and self.micro_steps * self.processes > 1:
+                batch = by_length(batch, self.lengths, self.trees)
+            steps = deal(batch, self.has_images, self.micro_step_size, self.processes, self.micro_steps)
+            for turn, step in enumerate(steps):
+                for share, loss in reversed(step) if self.lengths and turn % 2 else step:
+                    yield MicroBatch(sorted(share, key=lambda index: index >= self.own), loss)
 
 
 class GroupSampler(Sampler[int]):

@@ -12,7 +12,7 @@ def labels_alone() -> Iterator[None]:
     """Inside, TRL scores tokens that have a label, and no others, on a CPU too.
 
     It does so on devices with Triton. Elsewhere it scores all tokens, most of them for nothing, for those that compile
-    a program for every number of tokens; a CPU compiles none. Beside packed rows that would be most of the work.
+    a program for every number of tokens; a CPU compiles none.
     """
     by_trl = utils._use_triton
 

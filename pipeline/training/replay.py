@@ -3,14 +3,18 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peft import PeftModel
 from torch import Tensor, nn
 
 from mcit.data_prep.schema import Sample
 
-from .batches import Drawn, with_images
+from .arguments import split_batch
+from .batches import Drawn, GlobalBatchSampler, same_images, with_images
+
+if TYPE_CHECKING:
+    from ..recipe.schema import TrainConfig
 
 
 class Replay(NamedTuple):
@@ -63,6 +67,26 @@ class Replays:
     def per_batch(self) -> int:
         """Replayed samples of a global batch."""
         return sum(drawn.per_batch for drawn in self.drawn.values())
+
+    def batches(self, train: "TrainConfig", lengths: Sequence[int], processes: int, seed: int) -> GlobalBatchSampler:
+        """The global batches of supervised tuning; `lengths` are the tokens of all samples.
+
+        Raises `InputError` where the recipe's do not divide by so many processes.
+        """
+        size, wanted = train.batch_size("sft"), train.sft.args.get("per_device_train_batch_size")
+        per_device, _ = split_batch(size, processes, wanted, self.per_batch)
+        pictures = same_images(self.samples)
+        return GlobalBatchSampler(
+            self.has_images,
+            size,
+            per_device,
+            processes,
+            seed,
+            drawn=list(self.drawn.values()),
+            alike=pictures if train.sft.order == "by_image" else None,
+            lengths=lengths,
+            trees=pictures if train.packing else None,
+        )
 
     def of(self, number: int, seed: int) -> list[int]:
         """The replayed samples, by index, of global batch `number`."""

@@ -19,6 +19,14 @@ def run(
     run_dir: RunDir = None,
     launch: LaunchOption = "single",
     gpus: Gpus = None,
+    evaluate_on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPUS",
+            help="Evaluate each stage while the next ones train, on these GPUs, which training leaves free: `3`, "
+            "`2,3`; `cpu` on a machine without any.",
+        ),
+    ] = None,
     print_config: Annotated[
         bool, typer.Option(help="Print what the recipe and each stage resolve to; do nothing.")
     ] = False,
@@ -29,7 +37,8 @@ def run(
 
     Example: `mcit run mini/sequential --with sefe seed=1 --run-dir runs/sefe-1`
     """
-    from ..run.runner import perform_steps, show_results, start_run
+    from ..run.beside import perform_run
+    from ..run.runner import show_results, start_run
     from ..run.terminal import Terminal
 
     if print_config:
@@ -41,11 +50,11 @@ def run(
         from ..run.sweep import run_sweep, start_sweep
         from .reports import report as show_report
 
-        run_sweep(start_sweep(loaded, directory, launcher, terminal), terminal)
+        run_sweep(start_sweep(loaded, directory, launcher, terminal), terminal, evaluate_on)
         show_report([directory], None, terminal)
         return
     current = start_run(loaded, directory, launcher, terminal)
-    perform_steps(current, current.steps(), terminal)
+    perform_run(current, terminal, evaluate_on)
     show_results(current, terminal)
 
 
@@ -91,11 +100,15 @@ def evaluate(
     overrides: Overrides = None,
     run_dir: RunDir = None,
     stage: Annotated[int | None, typer.Option(help="Evaluate this one alone (0: the base), and no more.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Wait for stages that another process trains, until all are evaluated.")
+    ] = False,
 ) -> None:
     """Evaluate the stages that are done, in the cells that `eval.cells` asks for, and print the matrix.
 
     Example: `mcit eval runs/mini-sefe eval.engine=transformers`
     """
+    from ..run.beside import follow as follow_run
     from ..run.runner import evaluate_stage, perform_steps, show_results
     from ..run.terminal import Terminal
 
@@ -104,6 +117,8 @@ def evaluate(
     if stage is not None:
         evaluate_stage(current, stage, terminal)
         return
+    if follow:
+        follow_run(current, terminal)
     perform_steps(
         current, [current.evaluate(partly=True), *current.judging(partly=True), *current.reporting()], terminal
     )
