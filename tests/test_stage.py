@@ -115,6 +115,17 @@ def test_two_stages(trained: tuple[Path, Path], tmp_path: Path, lineage: str) ->
     assert (summary["steps"], summary["samples"], summary["processes"], summary["mode"]) == (6, 19, 1, "single")
 
 
+def test_another_attention_trains_the_same(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    runs = {name: copy_run(trained, tmp_path / name) for name in ("sdpa", "eager")}
+    for name, run in runs.items():
+        model = train(run, trained[1], 2, f"train.attention={name}")
+        assert model.get_base_model().get_decoder().config._attn_implementation == name
+    assert largest_gap(*(second_adapter(run) for run in runs.values())) < 1e-5
+    wrong = r"train.attention: flex_attention: Qwen2_5_VLForConditionalGeneration does not support .* Leave it out"
+    with pytest.raises(InputError, match=wrong):
+        train(copy_run(trained, tmp_path / "flex"), trained[1], 2, "train.attention=flex_attention")
+
+
 def test_stack_keeps_the_base_bit_identical(trained: tuple[Path, Path], tmp_path: Path) -> None:
     run, recipe = copy_run(trained, tmp_path), trained[1]
     model = train(run, recipe, 2, "train.lineage=stack")

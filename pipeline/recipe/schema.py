@@ -22,7 +22,8 @@ Reference = Literal["base", "previous", "none"]
 Paradigm = Literal["sft", "rft", "sft+rft"]
 Phase = Literal["sft", "rft"]
 # Of `train:`, what changes how long a training takes and not what comes of it.
-WITHOUT_EFFECT = {"checkpoint_every"}
+# Keys of `train:` that change no result, or only the order of summation, as another launch does.
+WITHOUT_EFFECT = {"checkpoint_every", "picture_cache", "attention"}
 
 
 class ModelConfig(Config):
@@ -73,6 +74,8 @@ class TrainConfig(Config):
         default=None, gt=0
     )  # tokens of a sample, images included; default: the model's context
     packing: bool = False  # several samples in a row; what those on one picture, or answers to one prompt, share, once
+    # How attention is computed; default: what transformers takes for the model, `sdpa` as a rule.
+    attention: Literal["sdpa", "eager", "flex_attention", "flash_attention_2", "flash_attention_3"] | None = None
     # GiB of each process's main memory for what a frozen tower makes of pictures, so that none is encoded twice.
     picture_cache: float = Field(default=0.0, ge=0)
     # Optimizer steps, or `90s`, `10m`, `2h`, or `never`, between checkpoints inside a stage. Changes no result.

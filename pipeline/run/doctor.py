@@ -62,6 +62,7 @@ def findings() -> list[Finding]:
         Finding("GPU", bool(gpus), ", ".join(gpus) or "none", "Without one only tiny models (`mini/…`) are practical"),
         _engine(bool(gpus)),
         _importable("deepspeed", "training with --launch zero2 or zero3", "pip install deepspeed"),
+        _importable("flash_attn", "train.attention: flash_attention_2, on a GPU", "pip install flash-attn"),
         _present("sbatch", "SLURM"),
         _disk("disk here", Path.cwd()),
         _disk("data cache", cache_dir(), "Set MCIT_CACHE to a folder with room"),

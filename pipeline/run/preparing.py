@@ -10,6 +10,7 @@ from mcit.eval.hashing import cache_dir, hash_model
 from mcit.eval.scoring import check_gold, scorers_of
 from mcit.eval.serving import Serving, read_serving, write_serving
 
+from ..recipe.schema import WITHOUT_EFFECT
 from .directory import RunDirectory
 from .disk import check_run, handed_rank
 from .lengths import has_lengths, write_lengths
@@ -28,7 +29,7 @@ class Preparing(RunDirectory):
         """Whether TRL takes the trainer arguments of every stage."""
 
         def inputs() -> Facts:
-            return {"train": [stage.train.model_dump(exclude={"checkpoint_every"}) for stage in self.recipe.stages]}
+            return {"train": [stage.train.model_dump(exclude=WITHOUT_EFFECT) for stage in self.recipe.stages]}
 
         def work(show: Show, lock: int) -> Facts:
             from ..training.arguments import (  # here: TRL takes seconds, and only new settings need it

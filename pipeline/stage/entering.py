@@ -99,11 +99,11 @@ class Entered:
 
     def load_base(self, accelerator: Any) -> Any:
         """The untouched base once more, on the accelerator's devices, to be looked at."""
-        return _placed(load_model(self.recipe.base_model), accelerator)
+        return _placed(load_model(self.recipe.base_model, attention=self.stage.train.attention), accelerator)
 
     def load_entering(self, accelerator: Any) -> Any:
         """The policy that this phase begins with once more, as a model without adapters, to be looked at."""
-        model = load_model(self.recipe.base_model, self.entry.weights)
+        model = load_model(self.recipe.base_model, self.entry.weights, self.stage.train.attention)
         if self.entry.weights is None:
             fold(model, load_past(self.previous, self.stage.train))
         return _placed(model, accelerator)
@@ -142,7 +142,8 @@ def enter_stage(
     behind = stages_behind(run_dir / "stages" / "00-base")
     seed = (recipe.seed * 1_000_003 + behind + stage.k) % 2**31
     set_seed(seed)
-    model, processor = load_model(recipe.base_model, before.weights), load_processor(recipe.base_model)
+    model = load_model(recipe.base_model, before.weights, stage.train.attention)
+    processor = load_processor(recipe.base_model)
     loaded = copy.deepcopy((model.config, model.generation_config))
     if not torch.cuda.is_available() and model.num_parameters() < _TINY:
         torch.set_num_threads(1)
@@ -189,17 +190,28 @@ def carrier_of(methods: Sequence[Method]) -> Method | None:
     return next((method for method in methods if method.carries), None)
 
 
-def load_model(base: ModelConfig, weights: Path | None = None) -> Any:
+def load_model(base: ModelConfig, weights: Path | None = None, attention: str | None = None) -> Any:
     """The untouched base model, or the merged one in `weights`, in the recipe's dtype: on the CPU, or, quantised, on
-    the process's device."""
-    model = AutoModelForImageTextToText.from_pretrained(
-        weights or base.path,
-        revision=None if weights else base.revision,
-        trust_remote_code=base.trust_remote_code,
-        use_safetensors=True,  # never a pickle
-        dtype=getattr(torch, base.dtype),
-        **quantised_options(base),
-    )
+    the process's device.
+
+    Raises `InputError` where this machine does not compute `attention`.
+    """
+    options = {"attn_implementation": attention} if attention else {}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            weights or base.path,
+            revision=None if weights else base.revision,
+            trust_remote_code=base.trust_remote_code,
+            use_safetensors=True,  # never a pickle
+            dtype=getattr(torch, base.dtype),
+            **options,
+            **quantised_options(base),
+        )
+    except (ImportError, ValueError) as error:
+        if attention is None or "attention" not in str(error).lower():
+            raise
+        reason, remedy = str(error).split(". ")[0].rstrip("."), "Leave it out: transformers takes what there is"
+        raise InputError(f"{attention}: {reason}", where="recipe", field="train.attention", remedy=remedy) from None
     keep_trainable(model)
     return model
 
