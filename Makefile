@@ -40,11 +40,18 @@ leaderboard: install
 # remove it, or give another folder, `make bench FIGURES=runs/bench`. With RUN, a finished run, its matrix is timed too.
 FIGURES ?= benchmarks/figures
 PACKING := $(foreach model,tiny small,$(foreach setting,shared own grpo,packing-$(model)-$(setting)))
-bench: $(patsubst %,$(FIGURES)/%.json,$(PACKING) reglora gere rft_step $(if $(RUN),matrix_eval))
+bench: $(patsubst %,$(FIGURES)/%.json,$(PACKING) features reglora gere rft_step stream $(if $(RUN),matrix_eval))
 	$(BIN)/python benchmarks/table.py $(FIGURES)
 
 $(FIGURES)/packing-%.json: | install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/packing.py $@ --only $*
+
+$(FIGURES)/features.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/features.py $@
+
+$(FIGURES)/stream.json: | install
+	$(BIN)/python benchmarks/stream.py runs/bench-stream --timed-cells 10
+	cp runs/bench-stream/stream.json $@
 
 $(FIGURES)/reglora.json: | install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reglora.py $@ --shapes 0.5b
