@@ -76,7 +76,8 @@ class StageCost(TypedDict):
     steps: int  # of the optimizer
     samples: int  # that it learned from, each as often as it did; of RFT completions
     tokens: int  # of those, images included; of RFT prompts and completions
-    process_hours: float
+    process_hours: float  # by the clock
+    processor_hours: float  # of threads at work
     gpu_hours: float  # 0 without a GPU
     peak_host_bytes: int  # resident, of the process that took most
     peak_gpu_bytes: int | None  # allocated, of the process that took most

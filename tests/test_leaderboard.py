@@ -67,7 +67,7 @@ def run(tmp_path: Path) -> Path:
     matrix = [[score(k, task) for task in ("a", "b")] for k in range(3)]
     split = split_forgetting(tmp_path, {"a": (1, 2)}, {"b": "no form"})
     metrics = continual_metrics(matrix, [1, 2], row0=True) | forgetting_metrics(split)
-    cost = {"process_hours": 0.5, "peak_host_bytes": 2**30}
+    cost = {"process_hours": 0.9, "processor_hours": 0.5, "gpu_hours": 0.0, "peak_host_bytes": 2**30}
     results = {
         "schema_version": 1,
         "seed": 3,
@@ -127,7 +127,7 @@ def test_answers_that_are_no_letter_each_are_not_kept(run, change):
 
 def test_records_of_another_form_are_refused(tmp_path):
     write_json(tmp_path / "tiny" / "ewc" / "seed-0.json", {"schema_version": 0})
-    with pytest.raises(InputError, match=r"seed-0.json: has schema version 0, expected 1\. Delete the file"):
+    with pytest.raises(InputError, match=r"seed-0.json: has schema version 0, expected 2\. Delete the file"):
         read_records(tmp_path)
 
 
@@ -290,7 +290,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
         options.begun.append(str(entry.name))
         if entry.seed == 0 and entry.method == "once":
             raise InputError("training changed no weight", where="stage 1")
-        record = made(entry.method, entry.seed, 50.0 + entry.seed, base=entry.base, schema_version=1)
+        record = made(entry.method, entry.seed, 50.0 + entry.seed, base=entry.base, schema_version=2)
         write_json(script._record(options.records, entry), record)
 
     monkeypatch.setattr(script, "_run", run)

@@ -85,6 +85,7 @@ def test_a_stage_is_seen_while_it_trains_and_counted_afterwards(tmp_path: Path, 
     assert (cost["steps"], cost["samples"], cost["gpu_hours"], cost["peak_gpu_bytes"]) == (5, 20, 0.0, None)
     assert cost["tokens"] == log[-1]["num_tokens"] > 20 * 4
     assert cost["process_hours"] == pytest.approx(trained["seconds"] / 3600, abs=1e-6) and cost["peak_host_bytes"] > 1e8
+    assert 0 < seen[0]["processor_seconds"] < seen[-1]["processor_seconds"] < 3600 * cost["processor_hours"]
 
 
 def test_a_users_own_settings_win(untold: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.data_prep.prepare import read_task
 
-from ..results import Results, read_results
+from ..results import Results, StageCost, read_results
 from ..stats import image_clusters
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SHOWN = ("MFT", "MFN", "MAA", "BWT", "FWT", "forgetting", "superficial", "essential", "general", "general_base")
 
 # A letter an answer: right, wrong, or no answer in the form that was asked for; capital where the answer held to that
@@ -46,7 +46,7 @@ class Record(TypedDict):
     answers: dict[str, Answers]  # of the tasks whose answers are a letter each
     general: dict[str, Answers]  # of tasks beside the stream
     engines: list[str]  # who answered
-    train_seconds: float | None  # of all stages, without the start of processes
+    train_seconds: float | None  # of all stages: of GPUs, or without one of processors, whatever else these did
     peak_bytes: int | None  # resident, of the stage that took most
     state_bytes: int  # what the methods hand on after the last stage
     hashes: dict[str, Any]
@@ -84,7 +84,7 @@ def make_record(
         "answers": dict(_answers(run_dir, results["learned"], last)),
         "general": dict(_answers(run_dir, dict.fromkeys(general), last)),
         "engines": sorted({engine for served in results.get("served", []) for engine in served["engines"]}),
-        "train_seconds": round(sum(cost["process_hours"] for cost in costs) * 3600, 1) if costs else None,
+        "train_seconds": round(sum(map(_hours, costs)) * 3600, 1) if costs else None,
         "peak_bytes": max((cost["peak_host_bytes"] for cost in costs), default=None),
         "state_bytes": sum(file.stat().st_size for file in folder.glob("*")),
         "hashes": _hashes(results),
@@ -101,6 +101,10 @@ def read_records(folder: Path) -> list[Record]:
             problem = f"has schema version {found}, expected {SCHEMA_VERSION}"
             raise InputError(problem, where=path, remedy="Delete the file, and run the board again")
     return records
+
+
+def _hours(cost: StageCost) -> float:
+    return cost["gpu_hours"] or cost["processor_hours"]
 
 
 def _hashes(results: Results) -> dict[str, Any]:

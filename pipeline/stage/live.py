@@ -30,14 +30,19 @@ class Live(TrainerCallback):
     def __init__(self, folder: Path, start: float):
         self.file, self.start = folder / LIVE, start
         before = read_progress(folder)
-        self.before = before["seconds"] if before else 0.0
+        self.before = (before["seconds"], before["processor_seconds"]) if before else (0.0, 0.0)
         self.first, self.began, self.written = 0, start, 0.0
         self.loss: float | None = None
 
     @property
     def seconds(self) -> float:
         """Of all attempts."""
-        return round(self.before + time.monotonic() - self.start, 3)
+        return round(self.before[0] + time.monotonic() - self.start, 3)
+
+    @property
+    def processor_seconds(self) -> float:
+        """Of this process's threads in all attempts, of which those before are the main process's."""
+        return round(self.before[1] + time.process_time(), 3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first, self.began = state.global_step, time.monotonic()
@@ -58,24 +63,34 @@ class Live(TrainerCallback):
         if done:
             left = round((time.monotonic() - self.began) / done * (state.max_steps - state.global_step), 1)
         loss = self.loss if self.loss is not None and math.isfinite(self.loss) else None
-        progress = Progress(step=state.global_step, steps=state.max_steps, loss=loss, seconds=self.seconds, left=left)
+        progress = Progress(
+            step=state.global_step,
+            steps=state.max_steps,
+            loss=loss,
+            seconds=self.seconds,
+            processor_seconds=self.processor_seconds,
+            left=left,
+        )
         write_json(self.file, progress)
         self.written = time.monotonic()
 
 
-def stage_cost(trainer: "Trainer", seconds: float, samples: int) -> StageCost:
+def stage_cost(trainer: "Trainer", live: Live, samples: int) -> StageCost:
     """What a stage has cost; `samples` is the global batch. All processes call this together."""
     on_gpu = torch.cuda.is_available()
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peaks = torch.tensor([host, torch.cuda.max_memory_allocated() if on_gpu else 0], dtype=torch.int64)
+    milliseconds = round(1000 * live.processor_seconds)
+    own = [host, torch.cuda.max_memory_allocated() if on_gpu else 0, milliseconds]
     accelerator = trainer.accelerator
-    peaks = accelerator.gather(peaks.to(accelerator.device)).view(-1, 2).amax(0).cpu()
-    hours = round(seconds * accelerator.num_processes / 3600, 6)
+    all_of_them = accelerator.gather(torch.tensor(own, device=accelerator.device)).view(-1, len(own)).cpu()
+    peaks, processor = all_of_them.amax(0), int(all_of_them[:, 2].sum())
+    hours = round(live.seconds * accelerator.num_processes / 3600, 6)
     return {
         "steps": trainer.state.global_step,
         "samples": trainer.state.global_step * samples,
         "tokens": _tokens(trainer.state.log_history),
         "process_hours": hours,
+        "processor_hours": round(processor / 3.6e6, 6),
         "gpu_hours": hours if on_gpu else 0.0,
         "peak_host_bytes": int(peaks[0]),
         "peak_gpu_bytes": int(peaks[1]) if on_gpu else None,

@@ -20,6 +20,7 @@ class Progress(TypedDict):
     steps: int
     loss: float | None
     seconds: float  # of all attempts so far
+    processor_seconds: float  # of this process's threads in all attempts
     left: float | None  # seconds, if it goes on as since it was started
 
 
