@@ -81,16 +81,16 @@ def remembered(features: Features, room: float) -> Features:
                 taken += kept.bytes
         for key in keys:
             known.move_to_end(key)
-        made = [known[key] for key in keys]
+        wanted = [known[key] for key in keys]
         while taken > room:
             taken -= known.popitem(last=False)[1].bytes
-        return _joined(outputs[0], made)
+        return _joined(outputs[0], wanted)
 
     return of
 
 
 def _hash(pixels: Tensor) -> bytes:
-    return xxhash.xxh3_128_digest(pixels.cpu().contiguous().view(torch.uint8).numpy())
+    return xxhash.xxh3_128_digest(pixels.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 def _said_of(place: int, given: Mapping[str, Any], pictures: int) -> list[Any]:
