@@ -81,7 +81,7 @@ class MethodLoss(Resumable):
             loss = loss + 0 * parameter.sum()
         micro_batches = self.current_gradient_accumulation_steps
         view = StepView(
-            model=self.accelerator.unwrap_model(self.model),
+            model=self.model,
             inputs=inputs,
             replayed=len(beside),
             step=self.state.global_step,
