@@ -50,6 +50,7 @@ $(FIGURES)/features.json: | install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/features.py $@
 
 $(FIGURES)/stream.json: | install
+	rm -rf runs/bench-stream
 	$(BIN)/python benchmarks/stream.py runs/bench-stream --timed-cells 10
 	cp runs/bench-stream/stream.json $@
 

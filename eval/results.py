@@ -77,7 +77,7 @@ class StageCost(TypedDict):
     samples: int  # that it learned from, each as often as it did; of RFT completions
     tokens: int  # of those, images included; of RFT prompts and completions
     process_hours: float  # by the clock
-    processor_hours: float  # of threads at work
+    processor_hours: NotRequired[float]  # of their threads at work, without other processes that they start
     gpu_hours: float  # 0 without a GPU
     peak_host_bytes: int  # resident, of the process that took most
     peak_gpu_bytes: int | None  # allocated, of the process that took most

@@ -19,6 +19,7 @@ import mcit.pipeline.training.replay as replay
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, read_jsonl
 from mcit.pipeline.recipe.loading import load_recipe
+from mcit.pipeline.run.lengths import lengths_of, write_lengths
 from mcit.pipeline.stage.stage import run_stage
 from mcit.pipeline.training.batches import (
     Drawn,
@@ -116,6 +117,15 @@ def test_a_global_batch_is_dealt_from_long_to_short(kinds: tuple[int, int], proc
         for share in (share for step in batches[1] for share in step):
             assert [i >= own for i in share.samples] == sorted(i >= own for i in share.samples)
     assert places[1] <= places[0] and (per_device in (1, 8) or places[1] < 0.95 * places[0])
+
+
+def test_what_was_not_counted_is_dealt_as_it_comes(tmp_path: Path) -> None:
+    samples = uneven("words", 3, 0)
+    assert lengths_of(tmp_path, samples) is None  # a run of an earlier version
+    (tmp_path / "data").mkdir()
+    write_lengths(tmp_path, {"words": {sample["id"]: 7 + i for i, sample in enumerate(samples)}})
+    assert lengths_of(tmp_path, samples) == [7, 8, 9]
+    assert lengths_of(tmp_path, [*samples, {**samples[0], "id": "made up"}]) is None  # a sample of a method's own
 
 
 def test_trees_stay_together_and_no_process_always_has_the_longest() -> None:

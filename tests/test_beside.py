@@ -84,7 +84,8 @@ def test_training_that_fails_takes_its_follower_along(folder: Path, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("visible", "asked", "seen"), [(None, "3", "3"), ("4,5,6,7,9", "3", "7"), ("4,5,6,7,9", "4,3", "9,7")]
+    ("visible", "asked", "seen"),
+    [(None, "3", "3"), ("4,5,6,7,9", "3", "7"), ("4,5,6,7,9", "4,3", "9,7"), ("", "cpu", ""), ("-1", "cpu", "-1")],
 )
 def test_the_gpus_that_evaluation_sees(
     monkeypatch: pytest.MonkeyPatch, visible: str | None, asked: str, seen: str
@@ -103,6 +104,7 @@ def test_the_gpus_that_evaluation_sees(
         (5, 3, "2", "Free are 3, 4"),
         (5, 3, "5", "Free are 3, 4"),
         (5, 3, "3,", "Free are 3, 4"),
+        (5, 3, "3,3", "Free are 3, 4"),
         (5, 3, "cpu", "Free are 3, 4"),
         (2, 2, "1", r"Train on fewer \(--gpus\)"),
         (0, 1, "0", "Without a GPU: cpu"),

@@ -53,7 +53,8 @@ def test_what_is_remembered_is_what_the_tower_made(family: str, tmp_path: Path) 
     backbone(model).get_image_features = counted
     remember_pictures(model, 2**30)
     if family == "idefics3":  # it takes tiles of pictures apart, and drops those that only fill a row up
-        with pytest.raises(InputError, match=r"train.picture_cache: does not work for models that cut pictures up"):
+        wrong = r"train.picture_cache: does not work for models that look at pixel_attention_mask. Leave it out"
+        with pytest.raises(InputError, match=wrong):
             model(**batches[0], use_cache=False)
         return
     for batch, logits in zip(batches, wanted, strict=True):
@@ -139,6 +140,15 @@ def test_a_stage_that_remembers_pictures_learns_the_same(phase: Any, make: Any, 
     assert logs[0] == pytest.approx(logs[1], rel=1e-4, abs=1e-6) and len(logs[0]) == 4
     assert largest_gap(*weights) < 1e-5
     assert encoded[0] >= 4 and encoded[1] < encoded[0] and encoded[1] <= 4
+
+
+def test_rewards_are_not_earned_under_a_base_that_saw_other_pictures(tmp_path: Path) -> None:
+    """An earlier stage trained the tower: with its increments the base would remember what it never made."""
+    recipe = make_run(tmp_path, {name: make_samples(name, 8) for name in ("first", "second")}, RECIPE)
+    run_stage(load_recipe(recipe, ["train.modules.vision=lora"]), 1, tmp_path, "sft", sft.make_trainer)
+    overrides = ["train.paradigm=rft", "train.picture_cache=1"]
+    with pytest.raises(InputError, match=r"train.picture_cache: an earlier stage has trained the tower"):
+        run_stage(load_recipe(recipe, overrides), 2, tmp_path, "rft", rft.make_trainer)
 
 
 def test_where_pictures_are_not_remembered(tmp_path: Path) -> None:

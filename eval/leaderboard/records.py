@@ -84,7 +84,7 @@ def make_record(
         "answers": dict(_answers(run_dir, results["learned"], last)),
         "general": dict(_answers(run_dir, dict.fromkeys(general), last)),
         "engines": sorted({engine for served in results.get("served", []) for engine in served["engines"]}),
-        "train_seconds": round(sum(map(_hours, costs)) * 3600, 1) if costs else None,
+        "train_seconds": _train_seconds(costs),
         "peak_bytes": max((cost["peak_host_bytes"] for cost in costs), default=None),
         "state_bytes": sum(file.stat().st_size for file in folder.glob("*")),
         "hashes": _hashes(results),
@@ -103,8 +103,11 @@ def read_records(folder: Path) -> list[Record]:
     return records
 
 
-def _hours(cost: StageCost) -> float:
-    return cost["gpu_hours"] or cost["processor_hours"]
+def _train_seconds(costs: Sequence[StageCost]) -> float | None:
+    """See `Record.train_seconds`; None where a stage does not say."""
+    hours = [cost["gpu_hours"] or cost.get("processor_hours") for cost in costs]
+    known = [one for one in hours if one is not None]
+    return round(sum(known) * 3600, 1) if known and len(known) == len(hours) else None
 
 
 def _hashes(results: Results) -> dict[str, Any]:

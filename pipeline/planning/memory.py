@@ -79,6 +79,7 @@ class Training:
     accumulates: bool = True  # whether gradients are summed over several micro-batches
     checkpointing: bool = True
     dropout: bool = True
+    pictures: float = 0.0  # bytes of main memory for what the tower made of them
 
 
 class Memory(NamedTuple):
@@ -138,11 +139,11 @@ def training_memory(training: Training) -> Memory:
 def host_memory(training: Training, memory: Memory, on_gpu: bool) -> float:
     """Bytes of main memory that the process has at its peak.
 
-    Libraries, and the base, which is loaded there before it goes to a GPU; without one all of training is there. While
-    weights are loaded in another dtype than they are stored in, what is stored comes on top.
+    Libraries, remembered pictures, and the base, which is loaded there before it goes to a GPU; without one all of
+    training is there. While weights are loaded in another dtype than they are stored in, what is stored comes on top.
     """
     weights = weight_bytes(training.shapes, training.dtype)
-    return LIBRARIES + (weights if on_gpu else memory.total)
+    return LIBRARIES + training.pictures + (weights if on_gpu else memory.total)
 
 
 def engine_memory(recipe: Recipe, shapes: Shapes, width: int, ranks: Sequence[int], longest: int) -> EngineMemory:

@@ -168,6 +168,7 @@ def _training(
         accumulates=work.accumulates,
         checkpointing=_checkpointing(outlook, phase),
         dropout=phase == "sft" and train.lora.dropout > 0,  # GRPO trains without
+        pictures=train.picture_cache * 2**30,
     )
 
 

@@ -21,8 +21,8 @@ Lineage = Literal["continue", "stack", "fold", "independent", "full"]
 Reference = Literal["base", "previous", "none"]
 Paradigm = Literal["sft", "rft", "sft+rft"]
 Phase = Literal["sft", "rft"]
-# Of `train:`, what changes how long a training takes and not what comes of it.
-# Keys of `train:` that change no result, or only the order of summation, as another launch does.
+# Of `train:`, what changes how long a training takes and not what comes of it,
+# or only the order of summation, as another launch does.
 WITHOUT_EFFECT = {"checkpoint_every", "picture_cache", "attention"}
 
 

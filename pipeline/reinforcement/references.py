@@ -11,10 +11,13 @@ from typing import Any, Literal
 from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head, use_adapter
 
+from mcit.data_prep.errors import InputError
+
 from ..policy.adapters import concat, live_adapter, lora_layers, negate
-from ..policy.lineage import add_frozen, load_past, without_past
+from ..policy.lineage import add_frozen, by_part, load_past, without_past
 from ..stage.entering import Entered
 from ..training.packing import read_packed
+from ..training.replay import unwrapped
 
 Name = Literal["base", "previous"]
 UNDO, COPY = "undo", "previous"  # names of frozen adapters
@@ -38,6 +41,10 @@ class References:
             found = ", ".join(self.model.peft_config)
             raise RuntimeError(f"a stage trains one adapter, `default`, and the model has {found}")
         past, lineage = load_past(entered.previous, entered.stage.train), entered.stage.train.lineage
+        parts = by_part(unwrapped(self.model), past)
+        if entered.stage.train.picture_cache and (parts["vision"] or parts["projector"]):
+            problem = "an earlier stage has trained the tower, and the base sees pictures otherwise"
+            raise InputError(problem, where="recipe", field="train.picture_cache", remedy="Leave it out")
         if lineage == "fold" and past:
             add_frozen(self.model, concat([negate(past)]), UNDO)
         trained_before = any(bool(b.any()) for _, _, b, _ in lora_layers(self.model))

@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import IO
 
 from mcit.data_prep.errors import InputError
 
-from .child import lines, spawn, watched
+from ..recipe.loading import write_recipe
+from .child import Child, lines, spawn, watched
 from .doctor import gpus
 from .runner import perform_steps
 from .step import Launch, Show
@@ -27,16 +29,19 @@ def perform_run(run: Run, terminal: Terminal, beside: str | None = None) -> None
 
     Raises `InputError` and `ChildFailed`; what was done stays done.
     """
-    if beside is not None:
-        env = _environment(beside, run.launch)
-        perform_steps(run, run.preparation(), terminal)
-        with _follower(run, env) as ended:
-            perform_steps(run, run.training(), terminal)
-            with terminal.working("evaluate what has been trained") as show:
-                problem = ended(show)
-        if problem:
-            terminal.say(f"evaluation beside training has stopped: {problem}", "yellow")
-    perform_steps(run, run.steps(), terminal)
+    if beside is None:
+        perform_steps(run, run.steps(), terminal)
+        return
+    env = _environment(beside, run.launch)
+    perform_steps(run, run.preparation(), terminal)
+    with _follower(run, env) as follower:
+        for step in run.training():
+            perform_steps(run, [step], terminal)
+            follower.tell(terminal)
+        with terminal.working("evaluate what has been trained") as show:
+            follower.wait(show)
+        follower.tell(terminal)
+    perform_steps(run, [run.evaluate(), *run.judging(), *run.reporting(), *run.publication()], terminal)
 
 
 def follow(run: Run, terminal: Terminal) -> None:
@@ -49,28 +54,41 @@ def follow(run: Run, terminal: Terminal) -> None:
         perform_steps(run, [step], terminal)
 
 
-@contextlib.contextmanager
-def _follower(run: Run, env: Mapping[str, str]) -> Iterator[Callable[[Show], str]]:
-    """`mcit eval --follow` in a process of its own, which does not outlive the block.
+class _Follower:
+    """`mcit eval --follow` at work, its log being written."""
 
-    Yields what waits until it has ended, showing what it says, and tells what it ended with if that was an error.
-    """
-    command = [sys.executable, "-P", "-m", "mcit.pipeline.cli", "eval", str(run.dir), "--follow"]
-    log, said = run.dir / "logs" / "evaluate-beside.log", deque[str](maxlen=1)
-    log.parent.mkdir(exist_ok=True)
-    with open(log, "wb") as file, watched(partial(spawn, command, env, ()), file, launcher=False) as child:
+    def __init__(self, child: Child, log: IO[bytes]):
         assert child.stdout is not None
-        reader = threading.Thread(target=said.extend, args=(lines(child.stdout, file),), daemon=True)
-        reader.start()
+        self.child, self.said, self.told = child, deque[str](maxlen=1), False
+        self.reader = threading.Thread(target=self.said.extend, args=(lines(child.stdout, log),), daemon=True)
+        self.reader.start()
 
-        def ended(show: Show) -> str:
-            while child.poll() is None:
-                show("".join(said))
-                time.sleep(0.2)
-            reader.join()
-            return "".join(said).removeprefix("error: ") if child.wait() else ""
+    def tell(self, terminal: Terminal) -> None:
+        """Say so, once, if it has failed."""
+        if self.child.poll() and not self.told:
+            self.reader.join()
+            problem, self.told = "".join(self.said).removeprefix("error: "), True
+            terminal.say(f"evaluation beside training has stopped: {problem}", "yellow")
 
-        yield ended
+    def wait(self, show: Show) -> None:
+        """Until it has ended, showing what it says."""
+        while self.child.poll() is None:
+            show("".join(self.said))
+            time.sleep(0.2)
+        self.reader.join()
+
+
+@contextlib.contextmanager
+def _follower(run: Run, env: Mapping[str, str]) -> Iterator[_Follower]:
+    """A process of its own that follows the run, and does not outlive the block."""
+    settled = run.dir / "steps" / "evaluate-beside.yaml"  # RUN/recipe.yaml may be another's by now
+    write_recipe(run.recipe, settled)
+    command = [sys.executable, "-P", "-m", "mcit.pipeline.cli", "eval", str(settled), "--run-dir", str(run.dir)]
+    log = run.dir / "logs" / "evaluate-beside.log"
+    log.parent.mkdir(exist_ok=True)
+    begin = partial(spawn, [*command, "--follow"], env, ())
+    with open(log, "wb") as file, watched(begin, file, launcher=False) as child:
+        yield _Follower(child, file)
 
 
 def _environment(beside: str, launch: Launch) -> dict[str, str]:
@@ -78,14 +96,16 @@ def _environment(beside: str, launch: Launch) -> dict[str, str]:
 
     Raises `InputError` where they are not there, or training has them.
     """
-    there = os.environ["CUDA_VISIBLE_DEVICES"].split(",") if "CUDA_VISIBLE_DEVICES" in os.environ else None
-    known = there or [str(number) for number in range(len(gpus()))]
-    free = known[launch.processes // launch.nodes :]
-    if beside == CORES and not gpus():
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    known = [str(number) for number in range(len(gpus()))]
+    if visible is not None:
+        known = [one for one in visible.split(",") if one not in ("", "-1")]
+    if beside == CORES and not known:
         return dict(os.environ)
-    chosen = [known[int(one)] for one in beside.split(",") if one.isdecimal() and int(one) < len(known)]
-    if len(chosen) != len(beside.split(",")) or not {*chosen} <= {*free}:
-        numbers = ", ".join(str(known.index(one)) for one in free)
-        remedy = f"Free are {numbers}" if free else "Train on fewer (--gpus)" if known else f"Without a GPU: {CORES}"
+    free, numbers = range(launch.processes, len(known)), beside.split(",")
+    if len({*numbers}) < len(numbers) or not all(one.isdecimal() and int(one) in free for one in numbers):
+        remedy = f"Free are {', '.join(map(str, free))}" if free else "Train on fewer (--gpus)"
+        if not known:
+            remedy = f"Without a GPU: {CORES}"
         raise InputError("not a GPU that training leaves free", where=f"--evaluate-on {beside}", remedy=remedy)
-    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(chosen)}
+    return os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(known[int(one)] for one in numbers)}

@@ -12,15 +12,11 @@ def write_lengths(run_dir: Path, tokens: Mapping[str, Mapping[str, int]]) -> Non
     write_json(_file(run_dir), tokens)
 
 
-def has_lengths(run_dir: Path) -> bool:
-    """Whether they have been counted."""
-    return _file(run_dir).is_file()
-
-
-def lengths_of(run_dir: Path, samples: Iterable[Sample]) -> list[int]:
-    """The tokens of samples of a run. Raises `InputError` if nobody has counted them."""
-    tokens = read_json(_file(run_dir))
-    return [tokens[sample["task"]][sample["id"]] for sample in samples]
+def lengths_of(run_dir: Path, samples: Iterable[Sample]) -> list[int] | None:
+    """The tokens of samples of a run; None where some were not counted: a method's own, or an earlier version's."""
+    tokens = read_json(_file(run_dir)) if _file(run_dir).is_file() else {}
+    lengths = [tokens.get(sample["task"], {}).get(sample["id"]) for sample in samples]
+    return None if None in lengths else lengths
 
 
 def _file(run_dir: Path) -> Path:

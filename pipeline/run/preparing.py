@@ -13,7 +13,7 @@ from mcit.eval.serving import Serving, read_serving, write_serving
 from ..recipe.schema import WITHOUT_EFFECT
 from .directory import RunDirectory
 from .disk import check_run, handed_rank
-from .lengths import has_lengths, write_lengths
+from .lengths import write_lengths
 from .start import check_start, find_start, forget_start, place_start, stages_behind, start_inputs, state_hash
 from .step import Facts, Show, Step
 
@@ -112,8 +112,7 @@ class Preparing(RunDirectory):
             return Path(read_json(step.marker)["folder"])
 
         def there() -> bool:
-            linked = all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.sources)
-            return linked and has_lengths(self.dir)
+            return all((self.dir / "data" / task.name / "task.json").is_file() for task in recipe.sources)
 
         def inputs() -> Facts | None:
             row0, *markers = [step.done() for step in (base, *prepared)]

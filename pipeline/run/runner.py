@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcit.data_prep.errors import InputError, not_written
-from mcit.data_prep.files import write_json
+from mcit.data_prep.files import read_json, write_json
 from mcit.data_prep.hub import is_pinned, pin, same_dataset
 from mcit.data_prep.places import PATHS
 from mcit.data_prep.prepare import read_task
@@ -92,8 +92,16 @@ def perform_steps(run: Run, steps: Iterable[Step], terminal: Terminal) -> None:
             raise not_written(error, run.dir) from None
         terminal.finished(step.title, marker["seconds"] if did else None, *(_details(step, marker) if did else ()))
         if did:
-            write_json(run.dir / "environment.json", environment() | {"launch": str(run.launch.config)})
+            _write_environment(run, step)
             write_status(run)
+
+
+def _write_environment(run: Run, step: Step) -> None:
+    """What the run was done on, by which launch: the last one that trained, or the first of all."""
+    path, launch = run.dir / "environment.json", str(run.launch.config)
+    if path.exists() and not step.name.startswith("train/"):
+        launch = read_json(path).get("launch", launch)
+    write_json(path, environment() | {"launch": launch})
 
 
 def train_stage(run: Run, k: int, terminal: Terminal) -> None:

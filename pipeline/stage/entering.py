@@ -64,7 +64,7 @@ class Entered:
     processor: Any
     samples: list[Sample]  # image paths absolute
     replays: Replays  # these, and what methods see beside them
-    lengths: list[int]  # tokens of each of `replays.samples`, images included
+    lengths: list[int] | None  # tokens of each of `replays.samples`, images included, where they were counted
     tasks: dict[str, PreparedTask]
     anchors: dict[str, PreparedTask]
     max_length: int  # tokens

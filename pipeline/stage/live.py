@@ -24,25 +24,25 @@ _EVERY = 2.0  # seconds between writes
 class Live(TrainerCallback):
     """Keeps `live.json`, and counts the time of all attempts, those that were killed up to their last lines.
 
-    `start` is when the stage's process began, by `time.monotonic`.
+    `start` is when the stage's process began to train, by `time.monotonic`.
     """
 
     def __init__(self, folder: Path, start: float):
         self.file, self.start = folder / LIVE, start
-        before = read_progress(folder)
-        self.before = (before["seconds"], before["processor_seconds"]) if before else (0.0, 0.0)
+        self.before: Mapping[str, Any] = read_progress(folder) or {}
+        self.started_at = time.process_time()
         self.first, self.began, self.written = 0, start, 0.0
         self.loss: float | None = None
 
     @property
     def seconds(self) -> float:
         """Of all attempts."""
-        return round(self.before[0] + time.monotonic() - self.start, 3)
+        return round(self.before.get("seconds", 0.0) + time.monotonic() - self.start, 3)
 
     @property
     def processor_seconds(self) -> float:
         """Of this process's threads in all attempts, of which those before are the main process's."""
-        return round(self.before[1] + time.process_time(), 3)
+        return round(self.before.get("processor_seconds", 0.0) + time.process_time() - self.started_at, 3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.first, self.began = state.global_step, time.monotonic()
@@ -75,16 +75,15 @@ class Live(TrainerCallback):
         self.written = time.monotonic()
 
 
-def stage_cost(trainer: "Trainer", live: Live, samples: int) -> StageCost:
-    """What a stage has cost; `samples` is the global batch. All processes call this together."""
+def stage_cost(trainer: "Trainer", seconds: float, processor_seconds: float, samples: int) -> StageCost:
+    """What a stage has cost; `samples` is the global batch. All processes call this together, each with its seconds."""
     on_gpu = torch.cuda.is_available()
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    milliseconds = round(1000 * live.processor_seconds)
-    own = [host, torch.cuda.max_memory_allocated() if on_gpu else 0, milliseconds]
+    own = [host, torch.cuda.max_memory_allocated() if on_gpu else 0, round(1000 * processor_seconds)]
     accelerator = trainer.accelerator
     all_of_them = accelerator.gather(torch.tensor(own, device=accelerator.device)).view(-1, len(own)).cpu()
     peaks, processor = all_of_them.amax(0), int(all_of_them[:, 2].sum())
-    hours = round(live.seconds * accelerator.num_processes / 3600, 6)
+    hours = round(seconds * accelerator.num_processes / 3600, 6)
     return {
         "steps": trainer.state.global_step,
         "samples": trainer.state.global_step * samples,

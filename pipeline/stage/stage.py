@@ -173,7 +173,8 @@ def _train(entered: Entered, work: Workplace, run_dir: Path, make_trainer: MakeT
         size = sum(one.numel() for one in trained_parameters(tuned).values())
         save = what_to_save(entered, last)
         states = {method.name: method.finish(tuned, entered.samples) for method in entered.methods} if last else {}
-        seconds, cost = live.seconds, stage_cost(trainer, live, stage.train.batch_size(entered.phase))
+        seconds = live.seconds
+        cost = stage_cost(trainer, seconds, live.processor_seconds, stage.train.batch_size(entered.phase))
         if trainer.accelerator.is_main_process:
             told = {"seconds": seconds, "trained_parameters": size, "cost": cost, "notes": notes}
             _write(entered, work, trainer, save, states, told, during)

@@ -17,6 +17,24 @@ from .replay import backbone
 Features = Callable[..., Any]  # a model's `get_image_features`
 
 
+TOLD = {"pixel_values", "image_grid_thw", "image_sizes"}  # tensors that say of each picture something of its own
+
+
+class Kind(NamedTuple):
+    """What an output is like, apart from what is in it."""
+
+    make: Callable[..., Any]
+    stacked: bool  # one tensor for all pictures, not one for each
+    device: torch.device
+
+    @classmethod
+    def of(cls, output: Any) -> "Kind":
+        """That of an output."""
+        tokens = output.pooler_output
+        stacked = isinstance(tokens, Tensor)
+        return cls(type(output), stacked, (tokens if stacked else tokens[0]).device)
+
+
 class Made(NamedTuple):
     """What became of a picture."""
 
@@ -42,8 +60,8 @@ def each_once(features: Features) -> Features:
         chosen = sorted(set(first))
         if len(chosen) == len(parts) or (found := _encode(features, given, parts, chosen)) is None:
             return features(*args, **kwargs)
-        output, made = found
-        return _joined(output, [made[chosen.index(picture)] for picture in first])
+        kind, made = found
+        return _joined(kind, [made[chosen.index(picture)] for picture in first])
 
     return of
 
@@ -59,23 +77,24 @@ def remember_pictures(model: nn.Module, room: float) -> None:
 def remembered(features: Features, room: float) -> Features:
     """`features` with a memory; see `remember_pictures`. A picture is known by a hash of its pixels, 128 bits.
 
-    Raises `InputError` where a model does not say what became of which picture.
+    Raises `InputError` where a model does not say what became of which picture, or looks at more than pictures.
     """
     known = OrderedDict[Any, Made]()
-    outputs: list[Any] = []  # one, to make others like it
+    kinds = list[Kind]()
     taken = 0
 
     @wraps(features)
     def of(*args: Any, **kwargs: Any) -> Any:
         nonlocal taken
         given, parts = _taken_apart(features, args, kwargs)
-        keys = [(_hash(part), *_said_of(place, given, len(parts))) for place, part in enumerate(parts)]
+        if more := [name for name, value in given.items() if isinstance(value, Tensor) and name not in TOLD]:
+            raise _unknown(f"look at {more[0]}")
+        keys = [(_hash(part), *_said_of(place, given)) for place, part in enumerate(parts)]
         new = [place for place, key in enumerate(keys) if key not in known and key not in keys[:place]]
         if new:
             if (found := _encode(features, given, parts, new)) is None:
-                problem, field = "does not work for models that cut pictures up by themselves", "train.picture_cache"
-                raise InputError(problem, where="recipe", field=field, remedy="Leave it out")
-            outputs[:] = [found[0]]
+                raise _unknown("cut pictures up by themselves")
+            kinds[:] = [found[0]]
             for place, made in zip(new, found[1], strict=True):
                 known[keys[place]] = kept = Made(_kept(made.tokens), tuple(map(_kept, made.layers)))
                 taken += kept.bytes
@@ -84,19 +103,24 @@ def remembered(features: Features, room: float) -> Features:
         wanted = [known[key] for key in keys]
         while taken > room:
             taken -= known.popitem(last=False)[1].bytes
-        return _joined(outputs[0], wanted)
+        return _joined(kinds[0], wanted)
 
     return of
+
+
+def _unknown(what: str) -> InputError:
+    problem = f"does not work for models that {what}"
+    return InputError(problem, where="recipe", field="train.picture_cache", remedy="Leave it out")
 
 
 def _hash(pixels: Tensor) -> bytes:
     return xxhash.xxh3_128_digest(pixels.cpu().contiguous().view(torch.uint8).numpy().data)
 
 
-def _said_of(place: int, given: Mapping[str, Any], pictures: int) -> list[Any]:
+def _said_of(place: int, given: Mapping[str, Any]) -> list[Any]:
     """What else a model is told of one of its pictures: in how many patches it is cut, how large it was."""
-    told = (value for name, value in given.items() if name != "pixel_values")
-    return [tuple(x[place].tolist()) for x in told if isinstance(x, Tensor) and x.ndim == 2 and len(x) == pictures]
+    told = (given[name] for name in sorted(TOLD - {"pixel_values"}) if given.get(name) is not None)
+    return [tuple(x[place].tolist()) for x in told]
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -114,8 +138,8 @@ def _taken_apart(features: Features, args: Any, kwargs: Any) -> tuple[dict[str, 
 
 def _encode(
     features: Features, given: Mapping[str, Any], parts: Sequence[Tensor], chosen: Sequence[int]
-) -> tuple[Any, list[Made]] | None:
-    """The output for those pictures alone, and what it holds of each; None where a model drops some of them."""
+) -> tuple[Kind, list[Made]] | None:
+    """What the output for those pictures alone is like, and what it holds of each; None where some were dropped."""
     fewer = {key: x[chosen] if isinstance(x, Tensor) and len(x) == len(parts) else x for key, x in given.items()}
     output = features(**(fewer | {"pixel_values": torch.cat([parts[picture] for picture in chosen])}))
     tokens = output.pooler_output
@@ -123,19 +147,16 @@ def _encode(
         return None
     counts = [len(one) for one in tokens]
     layers = [layer.split(counts) for layer in output.get("deepstack_features") or ()]  # each of [tokens of all, width]
-    return output, [Made(one, tuple(layer[at] for layer in layers)) for at, one in enumerate(tokens)]
+    return Kind.of(output), [Made(one, tuple(layer[at] for layer in layers)) for at, one in enumerate(tokens)]
 
 
-def _joined(output: Any, made: Sequence[Made]) -> Any:
-    """An output like `output`, of these pictures."""
-    like = output.pooler_output
-    device = (like if isinstance(like, Tensor) else like[0]).device
-    tokens = [one.tokens.to(device) for one in made]
-    joined = type(output)(pooler_output=torch.stack(tokens) if isinstance(like, Tensor) else tokens)
-    if output.get("deepstack_features"):
-        joined["deepstack_features"] = [
-            torch.cat(list(layer)).to(device) for layer in zip(*(one.layers for one in made), strict=True)
-        ]
+def _joined(kind: Kind, made: Sequence[Made]) -> Any:
+    """An output of that kind, of these pictures."""
+    tokens = [one.tokens.to(kind.device) for one in made]
+    joined = kind.make(pooler_output=torch.stack(tokens) if kind.stacked else tokens)
+    if made[0].layers:
+        layers = zip(*(one.layers for one in made), strict=True)
+        joined["deepstack_features"] = [torch.cat(list(layer)).to(kind.device) for layer in layers]
     return joined
 
 

@@ -68,8 +68,10 @@ class Replays:
         """Replayed samples of a global batch."""
         return sum(drawn.per_batch for drawn in self.drawn.values())
 
-    def batches(self, train: "TrainConfig", lengths: Sequence[int], processes: int, seed: int) -> GlobalBatchSampler:
-        """The global batches of supervised tuning; `lengths` are the tokens of all samples.
+    def batches(
+        self, train: "TrainConfig", lengths: Sequence[int] | None, processes: int, seed: int
+    ) -> GlobalBatchSampler:
+        """The global batches of supervised tuning; `lengths` are the tokens of all samples, if they are known.
 
         Raises `InputError` where the recipe's do not divide by so many processes.
         """

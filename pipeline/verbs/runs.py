@@ -114,6 +114,8 @@ def evaluate(
 
     terminal = Terminal()
     current = start(recipe, overrides, None, run_dir, "single", None, terminal)
+    if stage is not None and follow:
+        raise InputError("follows all stages", where="--follow", remedy="Leave --stage out")
     if stage is not None:
         evaluate_stage(current, stage, terminal)
         return
