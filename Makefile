@@ -40,7 +40,7 @@ leaderboard: install
 # remove it, or give another folder, `make bench FIGURES=runs/bench`. With RUN, a finished run, its matrix is timed too.
 FIGURES ?= benchmarks/figures
 PACKING := $(foreach model,tiny small,$(foreach setting,shared own grpo,packing-$(model)-$(setting)))
-bench: $(patsubst %,$(FIGURES)/%.json,$(PACKING) features reglora gere rft_step stream $(if $(RUN),matrix_eval))
+bench: $(patsubst %,$(FIGURES)/%.json,$(PACKING) features reglora reglora-7b gere rft_step stream $(if $(RUN),matrix_eval))
 	$(BIN)/python benchmarks/table.py $(FIGURES)
 
 $(FIGURES)/packing-%.json: | install
@@ -56,6 +56,9 @@ $(FIGURES)/stream.json: | install
 
 $(FIGURES)/reglora.json: | install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reglora.py $@ --shapes 0.5b
+
+$(FIGURES)/reglora-7b.json: | install
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/reglora.py $@ --shapes 7b
 
 $(FIGURES)/gere.json: | install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gere.py $@
