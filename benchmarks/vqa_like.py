@@ -90,8 +90,13 @@ def write(folder: Path, rows: list[Row], unit: int) -> None:
         write_jsonl(folder / f"{name}.jsonl", lines)
 
 
-def padding(kind: Kind, batch: int, batches: int = 1000) -> float:
-    """Of batches of so many pictures, each padded to its longest, the share of places that are padding; text aside."""
+def padding(kind: Kind, at_once: int, batch: int | None = None, batches: int = 500) -> float:
+    """Of so many pictures at once, each padded to the longest, the share of places that are padding; text aside.
+
+    With a `batch`, that many are sorted from long to short before they are dealt, as a stage does.
+    """
+    batch = batch or at_once
     pictures = {row.picture: row.grid for row in draw(kind, batch * batches)}
     tokens = np.array([across * down for across, down in pictures.values()]).reshape(batches, batch)
-    return float(1 - tokens.sum() / (tokens.max(1).sum() * batch))
+    dealt = -np.sort(-tokens, axis=1).reshape(-1, at_once)
+    return float(1 - tokens.sum() / (dealt.max(1).sum() * at_once))

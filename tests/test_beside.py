@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_run import COLOURS, RECIPE, quiet, write_data
+from test_run import quiet, write_two
 
 import mcit.pipeline.run.beside as beside
 from mcit.data_prep.errors import InputError
@@ -20,10 +20,7 @@ from mcit.pipeline.run.steps import Run
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("beside")
-    for name in ("first", "second"):
-        write_data(folder / f"{name}.json", [COLOURS[i % 4] for i in range(8)])
-    (folder / "two.yaml").write_text(RECIPE)
+    folder = write_two(tmp_path_factory.mktemp("beside"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")

@@ -212,13 +212,18 @@ eval: {{engine: transformers, max_new_tokens: 4}}
 """
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Iterator[Path]:
-    """A recipe with two tasks, in a folder with a cache of its own."""
-    folder = tmp_path_factory.mktemp("run")
+def write_two(folder: Path) -> Path:
+    """The recipe with its two tasks; returns the folder."""
     for name in ("first", "second"):
         write_data(folder / f"{name}.json", [COLOURS[i % 4] for i in range(8)])
     (folder / "two.yaml").write_text(RECIPE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Iterator[Path]:
+    """A recipe with two tasks, in a folder with a cache of its own."""
+    folder = write_two(tmp_path_factory.mktemp("run"))
     (folder / "my_strict_scorer.py").write_text("def never(answer, references, sample):\n    return 0\n")
     before = dict(os.environ)
     os.environ |= {"MCIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

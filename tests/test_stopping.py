@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from test_run import COLOURS, RECIPE, quiet, wait_for, write_data
+from test_run import quiet, wait_for, write_two
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
@@ -30,10 +30,7 @@ CODE = "from mcit.pipeline.cli import main; main()"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A recipe, and a run whose data are prepared."""
-    folder = tmp_path_factory.mktemp("run")
-    for name in ("first", "second"):
-        write_data(folder / f"{name}.json", [COLOURS[i % 4] for i in range(8)])
-    (folder / "two.yaml").write_text(RECIPE)
+    folder = write_two(tmp_path_factory.mktemp("run"))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"MCIT_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}.items():
             patch.setenv(name, value)
@@ -116,14 +113,14 @@ def test_a_stage_that_was_trained_but_not_noted_is_kept(folder: Path) -> None:
 LAUNCHED = """
 import os, sys, time
 from mcit.pipeline.run.preemption import EXIT_CODE, Preempted, preemptible
-try:
-    with preemptible():
+with preemptible():
+    try:
         print("up as", os.getpid(), flush=True)
         time.sleep(60)
-except Preempted:
-    time.sleep(1)  # it writes a checkpoint
-    print("stopped well", flush=True)
-    sys.exit(EXIT_CODE)
+    except Preempted:
+        time.sleep(2.5)  # it writes a checkpoint, and is asked again meanwhile
+        print("stopped well", flush=True)
+        sys.exit(EXIT_CODE)
 """
 
 
