@@ -380,6 +380,23 @@ def test_overrides_of_a_task_are_checked_on_loading(recipe_file):
     )
 
 
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["base_model.dtype=float32"], "computes in 16 bits, and base_model.dtype is float32. Set it to bfloat16"),
+        (
+            ["train.packing=true"],
+            "cannot keep samples of a packed row apart. Use flex_attention, or train.packing: false",
+        ),
+    ],
+)
+def test_flash_attention_is_refused_on_loading_where_no_machine_computes_it(recipe_file, overrides, line):
+    wanted = "train.attention=flash_attention_2"
+    load_recipe(recipe_file, [wanted])
+    expected = f"command line: train.attention: flash_attention_2 {line}"
+    assert refusal(recipe_file, [wanted, *overrides]) == expected
+
+
 # --- Stages -----------------------------------------------------------------------------------------------------------
 
 

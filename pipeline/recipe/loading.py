@@ -52,6 +52,8 @@ def load_recipe(
     if recipe.sweep:
         with _located(layers.origin(("sweep",))):
             stages += [stage for member in members(recipe) for stage in member.recipe.stages]
+    with _located(layers.origin(("train", "attention"))):
+        _check_attention(recipe, stages)
     if check_methods:
         with _located(layers.origin(("method",))):
             _settle_methods(recipe, stages)
@@ -77,6 +79,18 @@ def _settle_methods(recipe: Recipe, stages: Iterable[Stage]) -> None:
             field="anchors",
             remedy="List data sets as in a stream: anchors: [{name: general, train: general.jsonl, images: pictures/}]",
         )
+
+
+def _check_attention(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    """Raise `InputError` for what a stage would run into once its model is loaded, whatever machine it is on."""
+    for train in (stage.train for stage in stages if (stage.train.attention or "").startswith("flash_attention")):
+        problem = None
+        if recipe.base_model.dtype == "float32":
+            problem, remedy = "computes in 16 bits, and base_model.dtype is float32", "Set it to bfloat16"
+        elif train.packing:
+            problem, remedy = "cannot keep samples of a packed row apart", "Use flex_attention, or train.packing: false"
+        if problem:
+            raise InputError(f"{train.attention} {problem}", where="recipe", field="train.attention", remedy=remedy)
 
 
 def _check_secrets(layers: Layers) -> None:
