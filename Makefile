@@ -29,10 +29,11 @@ demo: install
 demo-sequential demo-sefe: demo-%:
 	set -o pipefail; $(BIN)/mcit run mini/$* --run-dir runs/demo/$* 2>&1 | sed -u 's/^/$*: /'
 
-# Every method over the mini stream, those runs of the board that have no record yet, JOBS at a time; then its page. Stop it
-# whenever you like: the next sitting goes on from there.
+# Every method over the mini stream: its settings are searched for on another, then those runs of the board that have no
+# record yet, JOBS at a time; then its page. Stop it whenever you like: the next sitting goes on from there.
 JOBS ?= 2
 leaderboard: install
+	-seq $(JOBS) | xargs -I {} -P $(JOBS) $(BIN)/python benchmarks/leaderboard/board.py search
 	-seq $(JOBS) | xargs -I {} -P $(JOBS) $(BIN)/python benchmarks/leaderboard/board.py run
 	$(BIN)/python benchmarks/leaderboard/board.py page
 

@@ -9,6 +9,7 @@ from typing import Any
 import board as script
 import numpy as np
 import pytest
+import search
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json, write_json, write_jsonl
@@ -246,7 +247,8 @@ def test_which_runs_belong_to_the_board():
         "all": [],
     }
     board["methods"] = {"m": {"main": True}, "b": {"main": True, "bound": "AP"}, "once": {}}
-    found = script.entries(board)
+    found = script.entries(board, {"m": ["seed=1"]})
+    assert {entry.method: entry.keys for entry in found} == {"m": ["seed=1"], "b": [], "once": []}
     names = [str(entry.name) for entry in found]
     assert Counter(entry.method for entry in found) == {"m": 8, "b": 4, "once": 1} and len(set(names)) == 13
     assert names[:5] == ["one/m/stream-seed-0", "two/m/stream-seed-0", "one/b/seed-0", "two/b/seed-0", names[4]]
@@ -255,9 +257,11 @@ def test_which_runs_belong_to_the_board():
 
 def test_what_a_run_of_the_board_is():
     board = script.read_board()
-    found = {str(entry.name): entry for entry in script.entries(board)}
+    rate = "train.sft.args.learning_rate=0.001"
+    found = {str(entry.name): entry for entry in script.entries(board, {"ewc": ["method.ewc.weight=5", rate]})}
     ewc = found["tiny_vlm/ewc/reversed-seed-3"].recipe()
     assert (ewc.seed, ewc.train.lineage, ewc.sweep, list(ewc.method)) == (3, "continue", None, ["ewc"])
+    assert (ewc.method["ewc"]["weight"], ewc.train.sft.args["learning_rate"]) == (5, 0.001)
     assert ewc.eval.cells == "metrics" and found["tiny_vlm/ewc/reversed-seed-3"].recipe().name.startswith("mini-")
     assert [stage.name for stage in ewc.stages] == ["arithmetic", "grounding", "spatial", "counting", "digits"]
     assert len(found["tiny_vlm/multi_task/seed-1"].recipe().stages) == 1
@@ -268,8 +272,85 @@ def test_what_a_run_of_the_board_is():
 
 @pytest.mark.slow
 def test_every_run_of_the_board_can_be_made():
-    for entry in script.entries({**script.read_board(), "seeds": [0]}):
+    board = {**script.read_board(), "seeds": [0]}
+    for entry in script.entries(board, script.choices(board, script.HERE)):
         assert entry.recipe().seed == 0
+
+
+# --- How settings are chosen ------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_as_many_trials_and_its_recipe_s_own_settings_are_the_first():
+    board, rate = script.read_board(), "train.sft.args.learning_rate"
+    assert {
+        len(search.settings(board["search"], asked)) for asked in board["methods"].values() if not asked.get("fixed")
+    } == {4}
+    assert search.settings(board["search"], board["methods"]["ewc"]) == [
+        [f"{rate}=0.0025", "method.ewc.weight=1000"],
+        [f"{rate}=0.0025", "method.ewc.weight=100"],
+        [f"{rate}=0.001", "method.ewc.weight=1000"],
+        [f"{rate}=0.001", "method.ewc.weight=100"],
+    ]
+    assert search.settings(board["search"], board["methods"]["low_rate"]) == []
+
+
+@pytest.mark.slow
+def test_every_trial_is_of_the_tuning_stream_and_begins_with_the_recipe():
+    board = script.read_board()
+    for method in board["methods"]:
+        for number, (keys, entry) in enumerate(search.trials(board, method)):
+            recipe, plain = entry.recipe(), entry._replace(keys=entry.asked.get("set", ())).recipe()
+            assert all(":tuning_" in str(task.train) for task in recipe.tasks) and len(recipe.tasks) == 5
+            same = (recipe.method, recipe.train.sft.args) == (plain.method, plain.train.sft.args)
+            assert same == (number == 0), (method, keys)
+
+
+def test_the_best_trial_is_chosen_of_equals_the_first(tmp_path):
+    board = {"methods": {"m": {}, "bound": {"bound": "MFT"}, "still": {"fixed": True}, "not yet": {}}}
+    tried = [("a=1", 50.0, 70.0), ("a=2", 60.0, 60.0), ("a=3", 60.0, 65.0)]
+    trials = [{"keys": [f"x.{key}"], "AP": ap, "MFT": mft, "BWT": None} for key, ap, mft in tried]
+    for method, figure in (("m", "AP"), ("bound", "MFT")):
+        write_json(search.search_record(tmp_path, method), {"figure": figure, "trials": trials})
+    assert search.choices(board, tmp_path) == {"m": ["x.a=2"], "bound": ["x.a=1"], "still": []}
+    rows = [row for row in search.rows(board, tmp_path) if row[0] == "m"]
+    assert rows[1] == ["m", "a 2", "60.0", "60.0", "–", "chosen"] and rows[2][-1] == ""
+
+
+def test_a_method_that_was_not_searched_is_not_run(tmp_path):
+    entry = next(one for one in script.entries(script.read_board(), {}) if one.method == "ewc")
+    with pytest.raises(InputError, match=r"search/ewc\.json: is missing\. Choose settings: board\.py search ewc"):
+        script._run(entry, [], argparse.Namespace(records=tmp_path))
+
+
+def test_trials_are_recorded_when_all_are_done(tmp_path, monkeypatch):
+    board, done = script.read_board(), list[str]()
+
+    def perform(recipe: Any, folder: Path, *_: Any) -> None:
+        if len(done) == 3:
+            raise InputError("the disk is full", where="here")
+        done.append(f"{recipe.train.sft.args['learning_rate']}")
+        metrics = {"AP": 10.0 * len(done), "MFT": 50.001}
+        monkeypatch.setattr(search, "read_results", lambda _: {"metrics": metrics})
+
+    monkeypatch.setattr(search, "perform", perform)
+    options = argparse.Namespace(methods=["sequential"], most=None, records=tmp_path, runs=tmp_path / "runs")
+    options.launch = "single"
+    monkeypatch.setattr(script, "read_board", lambda: board)
+    assert script.search(options) == 1 and not search.search_record(tmp_path, "sequential").exists()
+    done.clear()
+    monkeypatch.setattr(search, "perform", lambda *given: perform(*given) if len(done) < 3 else done.append("4"))
+    assert script.search(options) == 0
+    found = read_json(search.search_record(tmp_path, "sequential"))
+    assert found["figure"] == "AP" and [trial["AP"] for trial in found["trials"]] == [10.0, 20.0, 30.0, 30.0]
+    assert found["trials"][0] == {
+        "keys": ["train.sft.args.learning_rate=0.0025"],
+        "AP": 10.0,
+        "MFT": 50.0,
+        "BWT": None,
+    }
+
+
+# --- What is done, and shown ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -281,12 +362,13 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespa
         "bases": {"tiny": "b"},
         "left_out": {},
         "all": [],
+        "search": {"seed": 0},
     }
     board["methods"] = {"sequential": {"main": True}, "ewc": {"main": True}, "once": {}}
     given = {"records": tmp_path / "records", "runs": tmp_path / "runs", "launch": "single"}
     options = argparse.Namespace(methods=[], most=None, begun=[], **given)
 
-    def run(entry: Any, options: argparse.Namespace, *_: Any) -> None:
+    def run(entry: Any, chosen: Any, options: argparse.Namespace) -> None:
         options.begun.append(str(entry.name))
         if entry.seed == 0 and entry.method == "once":
             raise InputError("training changed no weight", where="stage 1")
@@ -308,7 +390,7 @@ def test_what_has_a_record_is_not_run_again(options, capsys):
     assert "once/stream-seed-0: stage 1: training changed no weight" in capsys.readouterr().out
     options.methods = ["sequential", "ewc"]
     assert script.run(options) == 0 and len(options.begun) == 5
-    assert "4 of 4 runs are done" in capsys.readouterr().out
+    assert "4 of 4 are done" in capsys.readouterr().out
     options.methods = ["ewcc"]
     with pytest.raises(InputError, match=r"has no method ewcc\. It has sequential, ewc, once"):
         script.run(options)
