@@ -17,6 +17,7 @@ from .readers import PARTS, Part, is_function, read_rows
 from .rows import RawSample, parse_row
 from .schema import Sample, Style, TaskConfig
 from .spool import Record, Spool
+from .styles import THINK
 
 
 class TaskReader:
@@ -124,9 +125,11 @@ class TaskReader:
                 name = f"images/{store_image(image, self.folder / 'images', raw.where)}"
                 images.append((self.files.number(f"{self.folder}/{name}"), name))
         self.moved += raw.moved
-        for message in [*raw.prompt, *raw.completion]:
-            if message["role"] == "user" and self.task.format and not message["content"].endswith(self.task.format):
-                message["content"] = f"{message['content']}\n{self.task.format}".lstrip()
+        reasoning = raw.reasoning or self.task.reasoning
+        if ending := self.task.format or ("" if reasoning == "none" or _asks_to_think(raw) else THINK):
+            for message in [*raw.prompt, *raw.completion]:
+                if message["role"] == "user" and not message["content"].endswith(ending):
+                    message["content"] = f"{message['content']}\n{ending}".lstrip()
         sample: Sample = {
             "id": raw.id or "",
             "task": self.task.name,
@@ -135,7 +138,7 @@ class TaskReader:
             "completion": raw.completion,
             "references": raw.references or [final_answer(raw.completion)],
             "style": raw.style or self.task.style or cast(Style, ""),
-            "reasoning": raw.reasoning or self.task.reasoning,
+            "reasoning": reasoning,
             "meta": raw.meta,
         }
         if not sample["references"][0]:
@@ -151,3 +154,8 @@ class TaskReader:
             remedy = "Set `images:` of the task to the folder that image paths are relative to"
             raise InputError(f"no such image: {path}", where=where, field="image", remedy=remedy)
         return self.files.number(path), name
+
+
+def _asks_to_think(raw: RawSample) -> bool:
+    """Whether the data themselves ask for the form, in a question or a system turn."""
+    return any("<think>" in message["content"] for message in raw.prompt)

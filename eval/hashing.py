@@ -9,7 +9,7 @@ from pathlib import Path
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import atomic_open, hash_json
 
-_SUFFIXES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
+_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 
 
 def cache_dir() -> Path:
@@ -62,13 +62,15 @@ def hash_model(path_or_id: str, revision: str | None = None) -> str:
 
     What is not read when the model is loaded (README, images, training state, other formats of the weights) does not
     count. The digest of each file is remembered by path, size and time, since weights are many gigabytes.
+    Raises `InputError` where there is no such model, or none in safetensors.
     """
     folder = model_folder(path_or_id, revision)
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name.endswith(_SUFFIXES)]
-    if any(file.suffix == ".safetensors" for file in files):
-        files = [file for file in files if file.suffix != ".bin"]
     if not any(file.name == "config.json" for file in files):
         raise InputError("holds no config.json", where=folder, remedy="Give the folder of a saved model")
+    if not any(file.suffix == ".safetensors" for file in files):
+        remedy = "Pickles are never read: load the model where you trust it, and `save_pretrained` it anew"
+        raise InputError("holds no weights in safetensors", where=folder, remedy=remedy)
     return hash_json([[file.name, _digest(file)] for file in files])
 
 

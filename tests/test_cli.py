@@ -19,6 +19,7 @@ from mcit.pipeline.recipe.loading import load_recipe, write_recipe
 from mcit.pipeline.recipe.text import parse_yaml
 from mcit.pipeline.run import doctor
 from mcit.pipeline.run.terminal import condensed
+from mcit.pipeline.verbs.runs import found
 
 COMMANDS = [
     "run",
@@ -189,6 +190,20 @@ def test_an_interrupt_exits_130(mcit, monkeypatch):
 
     monkeypatch.setattr("mcit.eval.metrics.metrics_file", interrupt)
     assert mcit("metrics", "m.json")[0] == 130
+
+
+@pytest.mark.parametrize(
+    ("recipe", "methods", "expected"),
+    [
+        ("mini/sequential", [], "runs/mini-sequential"),
+        ("mini/sequential", ["sefe", "gere"], "runs/mini-sequential-sefe-gere"),
+        ("mini/sequential", [str(RECIPES / "methods" / "ewc.yaml")], "runs/mini-sequential-ewc"),
+        ("mini/sequential", ["mcit.pipeline.methods.l2:L2"], "runs/mini-sequential-mcit-pipeline-methods-l2-L2"),
+    ],
+)
+def test_a_run_with_a_method_added_has_a_folder_of_its_own(recipe, methods, expected):
+    assert str(found(recipe, None, methods, None, "single", None)[1]) == expected
+    assert found(recipe, None, methods, Path("x"), "single", None)[1] == Path("x")
 
 
 def test_print_config_says_what_each_stage_resolves_to(mcit, tmp_path):

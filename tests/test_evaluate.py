@@ -449,3 +449,6 @@ def test_the_hash_of_a_model_is_that_of_what_is_loaded(tmp_path: Path, monkeypat
         hashing.hash_model(str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"holds no config\.json"):
         hashing.hash_model(str(tmp_path))
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"copy: holds no weights in safetensors\. Pickles are never read"):
+        hashing.hash_model(str(copy))

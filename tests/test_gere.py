@@ -23,7 +23,7 @@ from mcit.data_prep.schema import AnchorConfig, PrepareConfig
 from mcit.pipeline.methods.anchor import Anchor, anchor_path, write_anchor
 from mcit.pipeline.methods.gere import Gere, GereConfig
 from mcit.pipeline.methods.keys import pack, unpack
-from mcit.pipeline.methods.outputs import answer_loss, divergence
+from mcit.pipeline.methods.outputs import answer_loss, distance_to, divergence
 from mcit.pipeline.methods.ternary import Moments, margin_loss, states
 from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.recipe.schema import Recipe
@@ -118,6 +118,19 @@ def test_divergence_by_hand() -> None:
     assert loss.item() == pytest.approx((0.75 * np.log(0.75 / 0.5) + 0.25 * np.log(0.25 / 0.5)) / 2)
     loss.backward()
     np.testing.assert_allclose(now.grad, [[(0.5 - 0.75) / 2 / 2, (0.5 - 0.25) / 2 / 2], [0, 0]], atol=1e-7)
+
+
+@pytest.mark.parametrize(("temperature", "sharp"), [(1.0, 0.9), (2.0, 0.75)])
+def test_distance_to_kept_predictions_by_hand(temperature: float, sharp: float) -> None:
+    """As LwF has it: log 9 and 0 are 9/10 and 1/10, and 3/4 and 1/4 at temperature 2."""
+    head = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(head.weight)
+    now, then = torch.zeros(2, 2, requires_grad=True), torch.tensor([[np.log(9.0), 0.0], [0.0, 0.0]]).float()
+    loss = distance_to(now, F.log_softmax(then / temperature, -1), head, temperature)
+    assert loss.item() == pytest.approx((sharp * np.log(sharp / 0.5) + (1 - sharp) * np.log((1 - sharp) / 0.5)) / 2)
+    loss.backward()
+    slope = (0.5 - sharp) / temperature / 2
+    np.testing.assert_allclose(now.grad, [[slope, -slope], [0, 0]], atol=1e-7)
 
 
 class Alone:

@@ -18,6 +18,7 @@ from mcit.data_prep.identity import connect
 from mcit.data_prep.images import load_image
 from mcit.data_prep.prepare import drop_samples, image_path, prepare_task, read_images, read_samples, read_task
 from mcit.data_prep.schema import AsdConfig, LimitConfig, PrepareConfig, TaskConfig
+from mcit.data_prep.styles import THINK
 
 
 def picture(path: Path, shade: int, mode: str = "RGB") -> None:
@@ -217,6 +218,21 @@ def test_format_sentence_goes_to_every_question(tmp_path: Path) -> None:
     (sample,) = read_samples(folder, "train")
     assert sample["prompt"][0]["content"] == "q1\nBe brief."
     assert sample["completion"][1]["content"] == "q2 Be brief."  # it had it already
+
+
+def test_thinking_is_asked_for_where_neither_recipe_nor_data_do(tmp_path: Path) -> None:
+    answer = "<think>One and one.</think><answer>2</answer>"
+    asking = "q2 Use <think> and <answer> tags."
+    (tmp_path / "train.json").write_text(json.dumps([row("q1", answer), row(asking, answer)]))
+    wanted = {"images": None, "test": "train.json", "style": "number"}
+    for settings, expected in (
+        ({"reasoning": "think"}, [f"q1\n{THINK}", asking]),
+        ({"reasoning": "think", "format": "Think aloud."}, ["q1\nThink aloud.", f"{asking}\nThink aloud."]),
+        ({}, ["q1", asking]),
+    ):
+        folder = prepare(tmp_path, **wanted, **settings)
+        for part in ("train", "test"):
+            assert [s["prompt"][0]["content"] for s in read_samples(folder, part)] == expected
 
 
 def test_of_a_test_dialogue_the_last_answer_is_asked_for(tmp_path: Path) -> None:

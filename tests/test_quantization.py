@@ -86,6 +86,7 @@ def test_stages_train_on_a_quantised_base_and_are_served_on_the_base_as_it_is(tm
     ("overrides", "line"),
     [
         (["train.lineage=fold"], "base_model.quantization: a quantised base cannot be folded into"),
+        (["train.lineage=full"], "base_model.quantization: a quantised base cannot be trained whole"),
         (["method.moextend={}"], "base_model.quantization: moextend trains weights of the base"),
     ],
 )

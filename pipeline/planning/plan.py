@@ -87,7 +87,8 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
     entering, behind = (start.entering_rank, start.stages) if start else (0, 0)
     prepared = prepare(recipe, load_processor(base))
     model = meta_model(base)
-    shapes, base_hash = measure(model), hash_model(base.path, base.revision)
+    shapes = measure(model)
+    base_hash = hash_model(base.path, base.revision) if measured else ""  # else no weights are needed, nor fetched
     rows, known = [], list[Outlook]()
     for outlook in look_through(recipe, model, entering, behind):
         for phase in outlook.stage.train.phases:

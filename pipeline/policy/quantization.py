@@ -26,8 +26,9 @@ def check_quantization(recipe: "Recipe", lineages: set[str], carriers: set[str])
     if recipe.base_model.quantization == "none":
         return
     field, remedy = "base_model.quantization", "Set it to none, or another train.lineage"
-    if "fold" in lineages:
-        raise InputError("a quantised base cannot be folded into", where=recipe.name, field=field, remedy=remedy)
+    for lineage, problem in (("fold", "folded into"), ("full", "trained whole")):
+        if lineage in lineages:
+            raise InputError(f"a quantised base cannot be {problem}", where=recipe.name, field=field, remedy=remedy)
     for method in carriers:
         problem = f"{method} trains weights of the base, which are quantised"
         raise InputError(problem, where=recipe.name, field=field, remedy="Set it to none, or drop the method")

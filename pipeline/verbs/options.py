@@ -17,7 +17,9 @@ With = Annotated[
     list[str] | None,
     typer.Option("--with", metavar="METHOD", help="Add a method: a name (`mcit methods`), a file, or module:Class."),
 ]
-RunDir = Annotated[Path | None, typer.Option(help="Where the run is kept. Default: runs/<the recipe's name>.")]
+RunDir = Annotated[
+    Path | None, typer.Option(help="Where the run is kept. Default: runs/<the recipe's name>[-<added method>…].")
+]
 LaunchOption = Annotated[
     str, typer.Option(help="single, fork, ddp, zero2, zero3, or an accelerate configuration file.")
 ]

@@ -1,6 +1,7 @@
 """The verbs of `mcit` that make runs, look at them and ask them."""
 
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -201,7 +202,9 @@ def found(
     from ..run.step import Launch
 
     loaded = load_recipe(recipe, overrides or (), with_method or ())
-    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / loaded.name)
+    added = (re.sub(r"\W+", "-", Path(method).name.removesuffix(".yaml")) for method in with_method or ())
+    own = Path("runs") / "-".join([loaded.name, *added])
+    directory = run_dir or (Path(recipe) if Path(recipe).is_dir() else own)
     return loaded, directory, Launch.named(launch, gpus, nodes)
 
 
