@@ -2,6 +2,7 @@
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -11,11 +12,13 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBER_WORDS = {word: value for value, word in enumerate(_UNITS)} | {
     word: 20 + 10 * value for value, word in enumerate(_TENS)
 }
+SCALE_WORDS = {"hundred": 100, "thousand": 1_000, "million": 1_000_000, "billion": 1_000_000_000}
+DASHES = str.maketrans("−–‑", "---")  # as a sign; a long dash is punctuation
 _ARTICLES = {"a", "an", "the"}
 _TOKEN = re.compile(r"(?<!\w)[-+]?\d[\d,]*(?:\.\d+)?|[^\W_]+(?:['’][^\W_]+)*")
 
 DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?|\.\d+"
-_NUMBER = re.compile(rf"[$€£]?\s?([-+]?(?:{DIGITS}))\s?%?\.?")
+_NUMBER = re.compile(rf"(?:[$€£]\s?)?([-+]?)[$€£]?({DIGITS})\s?%?\.?")
 COORDINATE = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)"  # a comma separates here, it groups no thousands
 BOX_IN_TEXT = re.compile(r"\[\s*" + r"\s*,\s*".join([rf"({COORDINATE})"] * 4) + r"\s*\]")
 
@@ -94,8 +97,25 @@ def ordered_box(numbers: list[str]) -> list[str] | None:
 
 def read_number(text: str) -> str | None:
     """The number a text consists of (a currency sign, a percent sign or a full stop may stand by), without commas."""
-    match = _NUMBER.fullmatch(text.strip().replace("−", "-"))
-    return match.group(1).replace(",", "").removeprefix("+") if match else None
+    match = _NUMBER.fullmatch(text.strip().translate(DASHES))
+    return match[1].removeprefix("+") + match[2].replace(",", "") if match else None
+
+
+def named_in(options: Sequence[str], text: str) -> int | None:
+    """Which option `text` is: the same up to case, else the only one that `normalise` makes the same. None: no one.
+
+    `normalise` alone would not tell "x > 3" from "x < 3".
+    """
+    wanted = " ".join(text.casefold().split())
+    for same in (lambda option: " ".join(option.casefold().split()) == wanted, lambda option: _alike(option, text)):
+        found = [place for place, option in enumerate(options) if same(option)]
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
+
+
+def _alike(one: str, other: str) -> bool:
+    return normalise(one) == normalise(other)
 
 
 def split_tags(response: str) -> tuple[str | None, str]:

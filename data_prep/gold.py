@@ -73,5 +73,5 @@ def _texts(row: Any) -> list[str]:
     if isinstance(value, int) and isinstance(row.get("choices"), list) and 0 <= value < len(row["choices"]):
         return [string.ascii_uppercase[value]]
     values = value if isinstance(value, list) else [] if value is None else [value]
-    texts = [split_tags(str(item.get("answer") if isinstance(item, dict) else item))[1] for item in values]
-    return [text for text in texts if text]
+    said = [item.get("answer") if isinstance(item, dict) else item for item in values]
+    return [text for item in said if item is not None and (text := split_tags(str(item))[1])]

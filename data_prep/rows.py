@@ -78,9 +78,6 @@ def _parse(row: Any, where: str) -> RawSample:
         )
     _check_turns(prompt, completion, bool(images), where)
     turns.check_placeholders()
-    meta = row.get("meta") or {}
-    if not isinstance(meta, dict):
-        raise InputError("is not an object", where=where, field="meta")
     return RawSample(
         where=where,
         prompt=prompt,
@@ -90,9 +87,23 @@ def _parse(row: Any, where: str) -> RawSample:
         id=None if identity is None else str(identity),
         style=_choice(row.get("style"), Style, "style", where),
         reasoning=_choice(row.get("reasoning"), Reasoning, "reasoning", where),
-        meta=dict(meta),
+        meta=_meta(row.get("meta") or {}, where),
         moved=turns.moved,
     )
+
+
+def _meta(meta: Any, where: str) -> dict[str, Any]:
+    """What is known of a sample besides. Its options are texts, and numbers are written out."""
+    if not isinstance(meta, dict):
+        raise InputError("is not an object", where=where, field="meta")
+    options, picture = meta.get("options"), meta.get("image_id")
+    if not isinstance(picture, str | int | None):
+        raise InputError("is neither a text nor a number", where=where, field="meta.image_id")
+    if options is None:
+        return dict(meta)
+    if not isinstance(options, list) or not all(isinstance(option, str | int | float) for option in options):
+        raise InputError("is not a list of texts", where=where, field="meta.options")
+    return meta | {"options": [str(option) for option in options]}
 
 
 class _Turns:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, get_args
 
-from .answers import is_phrase, normalise, read_box, read_number, sentences, split_tags, strip_math
+from .answers import is_phrase, named_in, read_box, read_number, sentences, split_tags, strip_math
 from .extraction import extract
 from .schema import Reasoning, Style
 
@@ -127,7 +127,8 @@ def split_prompt(text: str, known: Iterable[str] = ()) -> tuple[str, list[str] |
 def find_options(text: str) -> tuple[str, list[str] | None]:
     """Split a text into what comes before its options and their texts, if it ends in lettered options from A on.
 
-    One option a line (`A. red`, `(A) red`, `A) red`, `A: red`) or all in one line (`(A) red (B) blue`).
+    One option a line (`A. red`, `(A) red`, `A) red`, `A: red`) or all in one line (`… it? (A) red (B) blue`), where
+    the question has ended before them: in "between (A) and (B)?" there are none.
     """
     lines = text.rstrip().split("\n")
     options: list[str] = []
@@ -143,7 +144,9 @@ def find_options(text: str) -> tuple[str, list[str] | None]:
         question = "\n".join(lines[: len(lines) - len(options)]).rstrip()
         return re.sub(r"\n(?:Options|Choices)\s*:?$", "", question), options
     pieces = re.split(r"\s*\(([A-Z])\)\s*", text.rstrip())
-    if len(pieces) >= 5 and pieces[1::2] == list(string.ascii_uppercase[: len(pieces) // 2]) and all(pieces[2::2]):
+    ended = re.search(r"(?:^|[.?!:\n]|\b(?:Options|Choices))[ \t]*$", text.partition("(A)")[0])
+    named = not any(re.fullmatch(r"[?.!,;:\s]*", piece) for piece in pieces[2::2])
+    if len(pieces) >= 5 and pieces[1::2] == list(string.ascii_uppercase[: len(pieces) // 2]) and ended and named:
         return re.sub(r"\s*(?:Options|Choices)\s*:?$", "", pieces[0]).rstrip(), [
             piece.strip() for piece in pieces[2::2]
         ]
@@ -170,7 +173,8 @@ def parse(style: Style, answer: str, *, options: Sequence[str] | None = None) ->
 
     - mcq: one letter, of either case, maybe with a parenthesis or full stop, and among the options -> capital letter.
     - yes_no: yes or no in any case, maybe with a full stop -> `yes` / `no`.
-    - number: one number and nothing else but a currency sign, a percent sign or a full stop -> without commas.
+    - number: one number and nothing else but a currency sign, a percent sign or a full stop -> without commas and
+      currency.
     - bbox: `[x1, y1, x2, y2]` with 0 <= x1 < x2, 0 <= y1 < y2. The unit (0-1, pixels, 0-1000) is the data's: the form
       is the same, and a box in another unit than the reference's does not overlap it.
     - label: one of `options`; without options, as short.
@@ -212,12 +216,14 @@ def _value(style: Style, text: str, options: list[str]) -> str | None:
             word = text.removesuffix(".").lower()
             return word if word in ("yes", "no") else None
         case "number":
-            return read_number(text)
+            number = read_number(text)
+            return number and number + "%" * ("%" in text)
         case "bbox":
             box = read_box(text.removesuffix("."))
             return f"[{', '.join(box)}]" if box else None
         case "label" if options:
-            return next((option for option in options if normalise(option) == normalise(text)), None)
+            place = named_in(options, text)
+            return None if place is None else options[place]
         case "short" | "label":
             return (text.removesuffix(".").rstrip() or text) if is_phrase(text) else None
         case "latex":

@@ -15,7 +15,7 @@ from .images import inside, store_image
 from .layouts import load_layout
 from .readers import PARTS, Part, is_function, read_rows
 from .rows import RawSample, parse_row
-from .schema import Sample, Style, TaskConfig
+from .schema import Reasoning, Sample, Style, TaskConfig
 from .spool import Record, Spool
 from .styles import THINK
 
@@ -76,6 +76,8 @@ class TaskReader:
                     left_out += 1
                     continue
                 if answers:
+                    if not isinstance(row, dict):
+                        raise InputError("a sample is an object", where=where)
                     row = answers.give(row, place, where)
                 record = self._record(parse_row(row, where), part, root, located)
             if record:
@@ -126,7 +128,7 @@ class TaskReader:
                 images.append((self.files.number(f"{self.folder}/{name}"), name))
         self.moved += raw.moved
         reasoning = raw.reasoning or self.task.reasoning
-        if ending := self.task.format or ("" if reasoning == "none" or _asks_to_think(raw) else THINK):
+        if ending := self._ending(raw, reasoning):
             for message in [*raw.prompt, *raw.completion]:
                 if message["role"] == "user" and not message["content"].endswith(ending):
                     message["content"] = f"{message['content']}\n{ending}".lstrip()
@@ -145,6 +147,13 @@ class TaskReader:
             raise InputError("nothing is left of the answer without its thinking", where=raw.where)
         return self.spool.add(part, raw.where, [number for number, _ in images], sample)
 
+    def _ending(self, raw: RawSample, reasoning: Reasoning) -> str:
+        """What a sample's questions have to end with. A row of another style than the task's has its own sentence."""
+        if self.task.format:
+            return self.task.format if raw.style in (None, self.task.style) else ""
+        asked = any("<think>" in message["content"] for message in raw.prompt)  # in a question or a system turn
+        return THINK if reasoning == "think" and not asked else ""
+
     def _locate(self, image: str, root: Path, where: str) -> tuple[int, str]:
         """The image's number, and its name relative to `root`."""
         name = inside(image, root, where)
@@ -154,8 +163,3 @@ class TaskReader:
             remedy = "Set `images:` of the task to the folder that image paths are relative to"
             raise InputError(f"no such image: {path}", where=where, field="image", remedy=remedy)
         return self.files.number(path), name
-
-
-def _asks_to_think(raw: RawSample) -> bool:
-    """Whether the data themselves ask for the form, in a question or a system turn."""
-    return any("<think>" in message["content"] for message in raw.prompt)

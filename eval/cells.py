@@ -111,7 +111,7 @@ def _scoring_code() -> str:
     folder = Path(__file__).parent
     names = ("scorers.py", "scoring.py", "sheet.py", "constraints.py", "forgetting.py", "stats.py", "text.py")
     families = [path for name in ("kinds", "protocols") for path in (folder / name).glob("*.py")]
-    reading = [folder.parent / "data_prep" / name for name in ("styles.py", "answers.py")]
+    reading = [folder.parent / "data_prep" / name for name in ("styles.py", "answers.py", "extraction.py")]
     return hash_files([*(folder / name for name in names), *families, *reading], folder)
 
 

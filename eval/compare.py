@@ -13,8 +13,9 @@ import numpy as np
 
 from mcit.data_prep.files import read_jsonl
 
+from .intervals import SAME
 from .results import read_results
-from .stats import LEVEL, Interval, image_clusters, mean_interval
+from .stats import LEVEL, Interval, image_clusters, mean, mean_interval
 
 RESAMPLES = 9_999  # scipy's default
 _BATCH = 100  # resamples computed at once; memory is this times the images of all tasks
@@ -102,10 +103,10 @@ class _Run:
         self._cells: dict[tuple[int, str], dict[Hashable, Answer] | None] = {}
 
     def cell(self, stage: int, task: str) -> dict[Hashable, Answer] | None:
-        """A cell's answers by id and references; None if it was not evaluated."""
+        """A cell's answers by id and references; None if it was not evaluated, or is no mean of theirs."""
         if (stage, task) not in self._cells:
-            known = self.results["matrix"][stage][self.tasks.index(task)] is not None
-            self._cells[stage, task] = self._read(stage, task) if known else None
+            score = self.results["matrix"][stage][self.tasks.index(task)]
+            self._cells[stage, task] = None if score is None else self._read(stage, task, score)
         return self._cells[stage, task]
 
     def scores(self, task: str, what: What) -> dict[Hashable, float] | None:
@@ -116,8 +117,10 @@ class _Run:
         before = fresh if what == "change" else None
         return {key: answer.score - (before[key].score if before else 0.0) for key, answer in last.items()}
 
-    def _read(self, stage: int, task: str) -> dict[Hashable, Answer]:
-        rows = read_jsonl(self.path / "predictions" / f"{stage:02d}" / f"{task}.jsonl")
+    def _read(self, stage: int, task: str, score: float) -> dict[Hashable, Answer] | None:
+        rows = list(read_jsonl(self.path / "predictions" / f"{stage:02d}" / f"{task}.jsonl"))
+        if abs(mean([row["score"] for row in rows]) - score) > SAME:
+            return None  # the cell is of all answers together (BLEU), and no difference of samples is one of cells
         images = image_clusters(row.get("image_id") for row in rows)
         return {
             (row["id"], *row["references"]): Answer(row["score"], image)

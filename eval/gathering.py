@@ -1,5 +1,6 @@
 """From the markers that a run's steps leave to `RUN/results.json`, whose contents `eval/results.py` describes."""
 
+import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,7 +90,7 @@ def assemble_results(
         "n": run.table("n"),
         "engines": run.table("engine"),
         "verdicts": run.table("verdicts"),
-        "metrics": continual_metrics(matrix, list(learned.values()), row0=True),
+        "metrics": continual_metrics(matrix, list(learned.values()), row0=True, most=math.inf),
         "served": [_served([*row, *others]) for row, others in zip(run.cells, run.beside, strict=True)],
         "hashes": {
             "recipe": recipe_hash,

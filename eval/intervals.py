@@ -11,7 +11,7 @@ from mcit.data_prep.files import read_jsonl
 from .metrics import continual_metrics
 from .stats import LEVEL, RESAMPLES, image_clusters, resampled_means
 
-_SAME = 1e-6  # points by which the mean of a cell's rows may differ from its score
+SAME = 1e-6  # points by which the mean of a cell's rows may differ from its score
 
 
 class Bounds(TypedDict):
@@ -63,7 +63,7 @@ def _column(
     if any(list(table) != ids for table in tables):
         return None
     scores = np.array([[table[name]["score"] for table in tables] for name in ids])
-    if any(abs(a - (matrix[k][place] or 0.0)) > _SAME for a, k in zip(scores.mean(axis=0), scored, strict=True)):
+    if any(abs(a - (matrix[k][place] or 0.0)) > SAME for a, k in zip(scores.mean(axis=0), scored, strict=True)):
         return None
     images = image_clusters(tables[0][name].get("image_id") for name in ids)
     if len(set(images)) < 2:

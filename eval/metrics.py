@@ -1,5 +1,6 @@
 """Continual-learning metrics of a score matrix. Undefined is None, never 0."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ Matrix = Sequence[Sequence[float | None]]
 
 
 def continual_metrics(
-    matrix: Matrix, learned: Sequence[int] | None = None, row0: bool = False
+    matrix: Matrix, learned: Sequence[int] | None = None, row0: bool = False, most: float = 100
 ) -> dict[str, float | None]:
-    """MFT, MFN, AP, MAA, BWT, BWT_over_T, FWT and forgetting of `matrix`, scores in 0–100, cells not evaluated None.
+    """MFT, MFN, AP, MAA, BWT, BWT_over_T, FWT and forgetting of `matrix`, scores in 0–`most`, cells not evaluated None.
 
     Rows are the stages 1…K (with `row0` the base comes first, as stage 0), columns the N tasks. `learned[i]` in 1…K is
     the stage L_i that first trained task i; by default task i was learned at stage i + 1, which needs K = N. With P the
@@ -34,7 +35,7 @@ def continual_metrics(
     needs is missing. Rows may stop early (lower-triangular); what they leave out was not evaluated. The arguments are
     not changed. Raises `InputError` for cells that are no scores, rows that get shorter, and a wrong `learned`.
     """
-    rows = _validated(matrix, row0)
+    rows = _validated(matrix, row0, most)
     base, stages = (rows[0], rows[1:]) if row0 else (None, rows)
     count, last = len(rows[0]), len(stages)
     learned = _validated_learned(learned, count, last)
@@ -83,10 +84,13 @@ def metrics_file(path: Path | str) -> dict[str, float | None]:
         raise InputError("must be true or false", where=path, field="row0")
     try:
         columns = _in_column_order(learned, content.get("tasks")) if isinstance(learned, dict) else learned
-        found = continual_metrics(content["matrix"], columns, row0)
+        most = math.inf if "schema_version" in content else 100  # of a run; captions may be worth more under a protocol
+        found = continual_metrics(content["matrix"], columns, row0, most)
     except InputError as error:
         raise InputError(str(error), where=path) from None
     if "curves" in content and isinstance(learned, dict):  # as a run has them
+        if not isinstance(content["curves"], dict) or not {"ends", "tasks"} <= content["curves"].keys():
+            raise InputError("is not what `mcit run` writes", where=path, field="curves")
         found |= curves_metrics(content["curves"], learned, len(content["matrix"]) - row0)
     measured = content.get("metrics")  # of a run, what its matrix alone does not give
     return {**measured, **found} if isinstance(measured, dict) else found
@@ -105,7 +109,7 @@ def _in_column_order(learned: Mapping[str, Any], tasks: Any) -> list[Any]:
     return [learned[name] for name in names]
 
 
-def _validated(matrix: Any, row0: bool) -> list[list[float | None]]:
+def _validated(matrix: Any, row0: bool, most: float) -> list[list[float | None]]:
     """A copy of the matrix with short rows filled up with None."""
     if not _is_list(matrix) or not all(map(_is_list, matrix)) or len(matrix) <= row0 or not any(map(len, matrix)):
         raise InputError("must be a list of rows, one a stage, with one score a task", field="matrix")
@@ -115,7 +119,7 @@ def _validated(matrix: Any, row0: bool) -> list[list[float | None]]:
             remedy = "A row may stop where nothing more was evaluated, but later rows are at least as long"
             raise InputError(f"has {len(row)} cells, the row before it more", field=f"matrix[{k}]", remedy=remedy)
         for i, value in enumerate(row):
-            score = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 100
+            score = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
             if value is not None and not score:
                 remedy = "A cell is a score in 0–100, or null where it was not evaluated"
                 raise InputError(f"is {value!r}", field=f"matrix[{k}][{i}]", remedy=remedy)

@@ -9,11 +9,12 @@ from typing import Any, Literal, NamedTuple, TypedDict
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.forms import final_answer
 from mcit.data_prep.prepare import iter_samples, read_task
-from mcit.data_prep.schema import PreparedTask, Sample
+from mcit.data_prep.schema import PreparedTask, Sample, Style
 from mcit.data_prep.styles import closed_form, extract, parse, split_reasoning
 
 from .scorers import Scorer, get_scorer, scorer_identity
 from .stats import clustered_stderr, image_clusters, mean
+from .text import plain
 
 Verdict = Literal["correct", "wrong_content", "wrong_format", "wrong_both"]
 VERDICTS: dict[tuple[bool, bool], Verdict] = {  # (format_ok, content_ok)
@@ -106,12 +107,17 @@ def _read(sample: Sample, response: str) -> _Reading:
     think, answer, reasoning_ok = split_reasoning(_ends(response, _LONGEST_RESPONSE), sample["reasoning"])
     answer = answer if style in _FREE_TEXT else _ends(answer, _LONGEST_ANSWER)
     value, form_ok = parse(style, answer, options=options)
-    if any(answer.strip() == reference.strip() for reference in references):
+    if any(answer.strip() == reference.strip() for reference in references) or _is_said(style, answer, references):
         value, form_ok = answer.strip(), True  # "The World Is Flat" looks like a sentence, and is a title
     if style == "short" and form_ok and (form := closed_form(answer)):
-        form_ok = any(closed_form(reference) == form for reference in references)
+        form_ok = any(closed_form(reference.upper()) == form for reference in references)
     loose = value if form_ok and style in _FREE_TEXT else extract(style, answer, options=options)
     return _Reading(value, loose, form_ok, reasoning_ok, think)
+
+
+def _is_said(style: Style | None, answer: str, references: Sequence[str]) -> bool:
+    """Whether a short answer as a whole is a reference, whatever it looks like."""
+    return style == "short" and plain(answer) in map(plain, references)
 
 
 def scorers_of(task: PreparedTask) -> list[str]:
@@ -157,7 +163,8 @@ def score_bare(sample: Sample, response: str, scorer: Scorer) -> tuple[str | Non
         answer = split_reasoning(_ends(response, _LONGEST_RESPONSE), sample["reasoning"])[1]
         answer = answer if scorer.reads in (*_FREE_TEXT, None) else _ends(answer, _LONGEST_ANSWER)
         options = (sample.get("meta") or {}).get("options")
-        parsed = extract(scorer.reads, answer, options=options) if scorer.reads else answer
+        whole = scorer.reads is None or _is_said(scorer.reads, answer, sample["references"])
+        parsed = answer if whole else extract(scorer.reads, answer, options=options)
     return parsed, scorer.score(parsed, sample["references"], sample)
 
 

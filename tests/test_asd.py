@@ -200,8 +200,8 @@ def test_wrong_numbers_differ_are_near_and_look_alike() -> None:
         value = rng.choice(["7", "0", "-4", "1,250", "3.50", "45%", "$12"])
         pool = Pool([("How many?", str(rng.randint(0, 40)), "number") for _ in range(rng.randint(0, 9))])
         wrong = pool.wrong("How many?", [value], "number", 3, rng)
-        numbers = [float(extract("number", w)) for w in wrong]
-        assert len(set(numbers)) == 3 and float(extract("number", value)) not in numbers
+        numbers = [float(extract("number", w).removesuffix("%")) for w in wrong]
+        assert len(set(numbers)) == 3 and float(extract("number", value).removesuffix("%")) not in numbers
         assert all(answer_kind(w, "number") == "number" for w in wrong)
     assert Pool([]).wrong("Q", ["3.50"], "number", 1, random.Random(0))[0].partition(".")[2] != ""
 

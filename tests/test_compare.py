@@ -53,6 +53,16 @@ def test_the_point_is_the_difference_of_the_results(tmp_path, order):
     assert found == compare_runs(tmp_path / "one", tmp_path / "two"), "the same again"
 
 
+def test_a_score_of_all_answers_together_is_no_mean_to_compare(tmp_path):
+    """BLEU over a test set is not the mean of its sentences'."""
+    for n, name in enumerate(("one", "two")):
+        results = write_run(tmp_path / name, n)
+        results["matrix"][-1][0] += 1
+        write_json(tmp_path / name / "results.json", results)
+    found = compare_runs(tmp_path / "one", tmp_path / "two")
+    assert found["tasks"]["a"] is None and found["MFN"] is None and found["tasks"]["b"] is not None
+
+
 def rows_of(folder: Path, stage: int, task: str) -> list[float]:
     return [row["score"] for row in read_jsonl(folder / "predictions" / f"{stage:02d}" / f"{task}.jsonl")]
 

@@ -180,7 +180,12 @@ def test_files_that_cannot_be_compared_are_one_line(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "b.jsonl", [{"id": 2, "logic": 50}])
     write_jsonl(tmp_path / "twice.jsonl", [{"id": 1, "logic": 50}, {"id": "1", "logic": 60}])
     write_jsonl(tmp_path / "scale.jsonl", [{"id": 1, "logic": 7.5, "knowledge": 101}])
+    write_jsonl(tmp_path / "odd.jsonl", [{"id": 1, "ratings": [50]}])
+    write_jsonl(tmp_path / "bare.jsonl", [{"id": 1, "references": []}])
+    with pytest.raises(InputError, match="no line has both"):
+        agreement_files(tmp_path / "bare.jsonl", None)
     for first, second, problem in [
+        ("odd", "a", "ratings: is not an object"),
         ("a", "b", "no line has both"),
         ("twice", "a", "an id occurs twice"),
         ("a", "none", "no such file"),

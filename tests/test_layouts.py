@@ -165,6 +165,8 @@ def test_coin_asd_tells_the_style_of_each_row(benchmarks, cache):
     folder = prepared("coin/asd_x80", benchmarks, cache, "ScienceQA")["ScienceQA"]
     styles = [sample["style"] for sample in read_samples(folder, "train")]
     assert styles == ["mcq", "yes_no", "short", "brief", "detailed"]
+    asked = [said(sample)[0] for sample in read_samples(folder, "train")]
+    assert [question.count("from the given choices directly") for question in asked] == [1, 0, 0, 0, 0]
     assert read_task(folder)["style"] == "mcq" and {s["style"] for s in read_samples(folder, "test")} == {"mcq"}
     assert not any("form of their style" in note for note in read_task(folder)["notes"])
 

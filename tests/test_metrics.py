@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 
 import pytest
@@ -138,6 +139,18 @@ def test_one_task_has_nothing_to_forget():
         "FWT": None,
         "forgetting": None,
     }
+
+
+def test_a_run_s_captions_may_be_worth_more_than_100(tmp_path):
+    """MCITlib's protocol counts CIDEr × 100 into its mean."""
+    with pytest.raises(InputError, match=r"matrix\[0\]\[0\]: is 120"):
+        continual_metrics([[120]])
+    assert continual_metrics([[120]], most=math.inf)["MFN"] == 120
+    (tmp_path / "m.json").write_text('{"matrix": [[120]], "schema_version": 1, "learned": {"a": 1}}')
+    assert metrics_file(tmp_path / "m.json")["MFN"] == 120
+    (tmp_path / "m.json").write_text('{"matrix": [[20]], "schema_version": 1, "learned": {"a": 1}, "curves": {}}')
+    with pytest.raises(InputError, match="curves: is not what"):
+        metrics_file(tmp_path / "m.json")
 
 
 def test_tasks_learned_together_and_tasks_that_come_back():

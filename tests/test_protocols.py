@@ -99,6 +99,8 @@ def test_a_protocol_judges_the_whole_response_and_the_form_stays_ours():
         ("coin:grounding", sample("top left"), "sample s1: references: 'top left' is no box"),
         ("mcitlib:sci", sample("yes"), "sample s1: image: "),
         ("mcitlib:sci", sample("yes", images=["MapQA_1.png"]), "sample s1: prompt: "),
+        ("mcitlib:sci", {**sample("yes"), "images": 5}, "sample s1: image: "),
+        ("mcitlib:sci", {**sample("yes", images=["MapQA_1.png"]), "prompt": [5]}, "sample s1: prompt: "),
     ],
 )
 def test_what_a_protocol_lacks_is_named(name, asked, message):
@@ -125,5 +127,6 @@ def test_the_code_that_scores_is_known(tmp_path, monkeypatch):
         root / "scorers.py",
         root / "scoring.py",
         root / "text.py",
+        *(root.parent / "data_prep" / name for name in ("answers.py", "extraction.py", "styles.py")),
     }
     assert {path.resolve() for path in scoring} <= {path.resolve() for path in seen}

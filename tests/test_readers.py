@@ -105,6 +105,7 @@ def test_trl_messages_with_typed_parts_and_extra_columns(tmp_path: Path) -> None
     }
     (raw,) = read(write(tmp_path / "d.jsonl", json.dumps(row) + "\n\n"))
     assert raw.references == ["3", "three"] and raw.style == "number" and raw.meta == {"source": "mine"}
+    assert parse_row(llava("q", "a", meta={"options": [1, 2.5]}), "here").meta == {"options": ["1", "2.5"]}
     assert texts(raw.prompt) == [("user", "How many?")] and raw.images == ["x.png"]
 
 
@@ -235,6 +236,9 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         (llava("q", "a", references=[{"x": 1}]), "references: is not a list of strings"),
         (llava("q", "a", references=[""]), "references: holds empty answers only"),
         (llava("q", "a", meta="x"), "meta: is not an object"),
+        (llava("q", "a", meta={"options": 5}), r"meta\.options: is not a list of texts"),
+        (llava("q", "a", meta={"options": ["a", ["b"]]}), r"meta\.options: is not a list of texts"),
+        (llava("q", "a", meta={"image_id": [3]}), r"meta\.image_id: is neither a text nor a number"),
         ({"prompt": "q"}, "completion: no answer"),
     ],
 )

@@ -11,7 +11,7 @@ from mcit.data_prep.errors import InputError
 from mcit.data_prep.schema import Style
 from mcit.data_prep.styles import STYLES, default_scorer
 from mcit.eval.scorers import SCORERS
-from mcit.eval.scoring import VERDICTS, aggregate, score_response
+from mcit.eval.scoring import VERDICTS, aggregate, score_bare, score_response
 from mcit.eval.stats import clustered_stderr
 
 
@@ -40,6 +40,12 @@ OPTIONS = ["two", "three", "four"]
 BOX = "[0.10, 0.20, 0.30, 0.40]"
 CASES = [
     # style, reference, response, verdict
+    ("short", "All you can eat", "all you can eat", "correct"),  # a sentence to look at, and a title
+    ("short", "The World Is Flat", "The world is flat", "correct"),
+    ("short", "e", "E", "correct"),
+    ("short", "red", "E", "wrong_both"),
+    ("number", "0.5", "50%", "correct"),
+    ("number", "0.75", "3/4", "wrong_format"),
     ("mcq", "B", "B", "correct"),
     ("mcq", "B", "(b).", "correct"),
     ("mcq", "B", "C", "wrong_content"),
@@ -261,3 +267,9 @@ def test_a_set_whose_score_is_no_mean_is_scored_as_a_whole():
 def test_nothing_to_aggregate_is_an_error():
     with pytest.raises(InputError):
         aggregate([])
+
+
+def test_a_title_that_reads_as_a_sentence_is_right_when_no_form_was_asked_for():
+    for reference, response in (("The World Is Flat", "The world is flat."), ("All you can eat", "all you can eat")):
+        assert score_bare(make_sample("short", reference), response, SCORERS["short"])[1] == 100
+    assert score_bare(make_sample("short", "7"), "The digit is 7.", SCORERS["short"])[1] == 100

@@ -94,7 +94,9 @@ GOOD = {
         "-3.50": "-3.50",
         "1,234": "1234",
         "$5": "5",
-        "12 %": "12",
+        "12 %": "12%",
+        "-$5": "-5",
+        "–5": "-5",
         "7.": "7",
         ".5": ".5",
         "+4": "4",
@@ -250,6 +252,60 @@ def test_extract_reads_content_out_of_any_form(style, answer: str, value: str | 
 )
 def test_extract_mcq(answer: str, value: str | None) -> None:
     assert extract("mcq", answer, options=["cat", "dog", "otter", "sea otter"]) == value
+
+
+OPTIONS = ["cat", "A red car", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("style", "answer", "options", "value"),
+    [
+        ("mcq", "A. cat\nB. A red car\nAnswer: B", OPTIONS, "B"),
+        ("mcq", "A is incorrect because it is too small. The answer is C.", OPTIONS, "C"),
+        ("mcq", "(A) is a cat and (B) is a dog. So the answer is (B).", OPTIONS, "B"),
+        ("mcq", "Answer: A red car", OPTIONS, "B"),
+        ("mcq", "The answer is x + 1.", ["x - 1", "x + 1"], "B"),
+        ("mcq", "It must be x > 3, I think", ["x > 3", "x < 3"], "A"),
+        ("label", "x > 3", ["x < 3", "x > 3"], "x > 3"),
+        ("label", "C++", ["C", "C++"], "C++"),
+        ("number", "50%", None, "50%"),
+        ("number", "It is 50 percent of them.", None, "50 percent"),
+        ("number", "so 3/4 of it", None, "3/4"),
+        ("number", "3 million", None, "3 million"),
+        ("number", "–5", None, "-5"),
+        ("number", "minus 5", None, "-5"),
+        ("number", "8 minus 5 makes 3", None, "3"),
+        ("number", "It costs -$5", None, "-5"),
+        ("number", r"\boxed{\frac{1}{2}}", None, "1/2"),
+        ("number", "one hundred twenty-one", None, "121"),
+        ("number", "one million two hundred thousand and five", None, "1200005"),
+        ("number", "three and five", None, "5"),
+        ("number", "10\u202f000", None, "10000"),
+        ("number", "on 12/25/2020", None, None),
+        ("yes_no", "That is not true.", None, "no"),
+        ("yes_no", "It isn't correct.", None, "no"),
+        ("yes_no", "I don't think that is correct.", None, "no"),
+        ("yes_no", "The answer is not yes.", None, "no"),
+        ("yes_no", "This is not incorrect.", None, "yes"),
+        ("yes_no", "I do not see any, no", None, "no"),
+        ("yes_no", "There is not one, so no", None, "no"),
+        ("yes_no", "Not sure, but yes", None, "yes"),
+        ("latex", "The answer is $x^2+1$, where $x$ is real.", None, "x^2+1"),
+        ("bbox", "[-0.01, 0.20, 0.30, 0.40]", None, "[0, 0.20, 0.30, 0.40]"),
+        ("bbox", "The 2 dogs are at 100, 200, 300, 400.", None, "[100, 200, 300, 400.]"),
+    ],
+)
+def test_extract_reads_what_is_meant(style, answer, options, value) -> None:
+    assert extract(style, answer, options=options) == value
+
+
+@pytest.mark.parametrize(
+    "question", ["What is the difference between (A) and (B)?", "Are the triangles (A) and (B) congruent?"]
+)
+def test_letters_in_a_question_are_no_options(question: str) -> None:
+    assert find_options(question) == (question, None)
+    assert find_options("Which is it? (A) red (B) blue") == ("Which is it?", ["red", "blue"])
+    assert find_options("Which\n(A) < (B) >") == ("Which", ["<", ">"])
 
 
 def test_extract_mcq_reads_numbers_and_single_letters_as_options() -> None:

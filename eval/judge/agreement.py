@@ -64,8 +64,8 @@ def agreement_files(judged: Path, rated: Path | None) -> Agreements:
     pairs: list[tuple[Rated, Rated]] = []
     unscored = unrated = 0
     for name, line in lines:
-        gold = ratings.get(name) if ratings is not None else _verdict(line, line.get("references", [None])[0])
-        said = _verdict(line, line["response"]) if ratings is None else _scores(line)
+        gold = ratings.get(name) if ratings is not None else _verdict(line, _first(line.get("references")))
+        said = _verdict(line, line.get("response")) if ratings is None else _scores(line)
         if gold is None:
             unrated += 1
         elif said is None:
@@ -173,9 +173,15 @@ def _lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
+def _first(references: Any) -> Any:
+    return references[0] if isinstance(references, list) and references else None
+
+
 def _scores(line: Mapping[str, Any]) -> Rated | None:
     """The scores of a line that has them by dimension; None where it has none."""
     given = line.get("ratings", line)
+    if not isinstance(given, dict):
+        raise InputError("is not an object", where=f"line of {line['id']}", field="ratings")
     scores: dict[str, float] = {name: given[name] for name in DIMENSIONS if given.get(name) is not None}
     for name, value in scores.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 100:

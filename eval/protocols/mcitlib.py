@@ -70,8 +70,9 @@ def _is_unanswerable(response: str) -> bool:
 
 def _picture(sample: Sample) -> str:
     """The file name of the sample's image: `images` of a sample, or `image` of a line."""
-    named = [*sample.get("images", ()), sample.get("image")]
-    if not named or not isinstance(named[0], str):
+    images = sample.get("images")
+    named = [*(images if isinstance(images, list) else ()), sample.get("image")]
+    if not isinstance(named[0], str):
         raise missing(sample, "image", "the source of a Sci question is told by the name of its image file")
     return PurePath(named[0]).name
 
@@ -79,9 +80,10 @@ def _picture(sample: Sample) -> str:
 def _question(sample: Sample) -> str:
     """What was asked: `prompt` as chat turns, or as text."""
     prompt = sample.get("prompt")
-    if not prompt:
+    last = prompt[-1] if isinstance(prompt, list) and prompt else {"content": prompt}
+    if not isinstance(last, dict) or not isinstance(last.get("content"), str) or not last["content"]:
         raise missing(sample, "prompt", "how a Sci question is scored depends on its words")
-    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    return last["content"]
 
 
 # --- Captions (`eval_caption`) --------------------------------------------------------------------------------------
