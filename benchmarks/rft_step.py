@@ -13,6 +13,7 @@ Bytes: what is sent after an optimizer step, and what pushing the model (TRL's v
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -106,8 +107,9 @@ def stage(run: Path, path: str, length: int, steps: int) -> tuple[list[float], d
     """Train stage 1 anew: seconds of each step, and what the stage says of itself."""
     script = [str(HERE), "--as-trl"] if path == "trl" else [str(RFT)]
     command = [sys.executable, *script, "--recipe", "mini/rft", "--stage", "1", "--run-dir", str(run)]
-    subprocess.run([*command, *settings(path, length, steps)], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
     folder = run / "stages" / "01-counting"
+    shutil.rmtree(folder, ignore_errors=True)  # what one path has trained would be done for the next
+    subprocess.run([*command, *settings(path, length, steps)], check=True, cwd=HERE.parent, stdout=subprocess.DEVNULL)
     log = read_jsonl(folder / "train_log.jsonl")
     return [row["step_time"] for row in log if "step_time" in row], read_json(folder / "trained.json")
 

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mcit.data_prep.errors import InputError
 from mcit.data_prep.files import read_json
 
-from .stability import curves_metrics
+from .stability import Curves, curves_metrics
 from .stats import mean
 
 Matrix = Sequence[Sequence[float | None]]
@@ -89,9 +89,10 @@ def metrics_file(path: Path | str) -> dict[str, float | None]:
     except InputError as error:
         raise InputError(str(error), where=path) from None
     if "curves" in content and isinstance(learned, dict):  # as a run has them
-        if not isinstance(content["curves"], dict) or not {"ends", "tasks"} <= content["curves"].keys():
+        curves = content["curves"]
+        if not isinstance(curves, dict) or not {"ends", "tasks"} <= curves.keys():
             raise InputError("is not what `mcit run` writes", where=path, field="curves")
-        found |= curves_metrics(content["curves"], learned, len(content["matrix"]) - row0)
+        found |= curves_metrics(cast(Curves, curves), learned, len(content["matrix"]) - row0)
     measured = content.get("metrics")  # of a run, what its matrix alone does not give
     return {**measured, **found} if isinstance(measured, dict) else found
 

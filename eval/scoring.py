@@ -115,7 +115,7 @@ def _read(sample: Sample, response: str) -> _Reading:
     return _Reading(value, loose, form_ok, reasoning_ok, think)
 
 
-def _is_said(style: Style | None, answer: str, references: Sequence[str]) -> bool:
+def _is_said(style: Style, answer: str, references: Sequence[str]) -> bool:
     """Whether a short answer as a whole is a reference, whatever it looks like."""
     return style == "short" and plain(answer) in map(plain, references)
 
@@ -163,8 +163,10 @@ def score_bare(sample: Sample, response: str, scorer: Scorer) -> tuple[str | Non
         answer = split_reasoning(_ends(response, _LONGEST_RESPONSE), sample["reasoning"])[1]
         answer = answer if scorer.reads in (*_FREE_TEXT, None) else _ends(answer, _LONGEST_ANSWER)
         options = (sample.get("meta") or {}).get("options")
-        whole = scorer.reads is None or _is_said(scorer.reads, answer, sample["references"])
-        parsed = answer if whole else extract(scorer.reads, answer, options=options)
+        if scorer.reads is None or _is_said(scorer.reads, answer, sample["references"]):
+            parsed = answer
+        else:
+            parsed = extract(scorer.reads, answer, options=options)
     return parsed, scorer.score(parsed, sample["references"], sample)
 
 

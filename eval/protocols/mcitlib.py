@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
@@ -70,7 +71,7 @@ def _is_unanswerable(response: str) -> bool:
 
 def _picture(sample: Sample) -> str:
     """The file name of the sample's image: `images` of a sample, or `image` of a line."""
-    images = sample.get("images")
+    images: Any = sample.get("images")
     named = [*(images if isinstance(images, list) else ()), sample.get("image")]
     if not isinstance(named[0], str):
         raise missing(sample, "image", "the source of a Sci question is told by the name of its image file")
@@ -79,11 +80,11 @@ def _picture(sample: Sample) -> str:
 
 def _question(sample: Sample) -> str:
     """What was asked: `prompt` as chat turns, or as text."""
-    prompt = sample.get("prompt")
+    prompt: Any = sample.get("prompt")  # of a line that somebody wrote
     last = prompt[-1] if isinstance(prompt, list) and prompt else {"content": prompt}
     if not isinstance(last, dict) or not isinstance(last.get("content"), str) or not last["content"]:
         raise missing(sample, "prompt", "how a Sci question is scored depends on its words")
-    return last["content"]
+    return str(last["content"])
 
 
 # --- Captions (`eval_caption`) --------------------------------------------------------------------------------------

@@ -91,8 +91,9 @@ def get_method(name: str) -> type[Method]:
         raise InputError("no such method", where="recipe", field=f"method.{name}", remedy=remedy)
     try:
         method = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot be imported: {error}", where="recipe", field=f"method.{name}") from None
+    except Exception as error:  # of whatever stands in a module of the user's
+        reason = f"cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(reason, where="recipe", field=f"method.{name}") from None
     if not (isinstance(method, type) and issubclass(method, Method)):
         raise InputError("is not a subclass of mcit.pipeline.methods.Method", where="recipe", field=f"method.{name}")
     return method
@@ -108,9 +109,11 @@ def expand(section: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[st
     for name, settings in section.items():
         if name not in EXPANSIONS:
             continue
-        for part in settings or {}:
+        for part, own in (settings or {}).items():
+            remedy = f"It takes {', '.join(EXPANSIONS[name])}, each with its own settings"
+            if not isinstance(own, Mapping | None):
+                raise InputError("is no settings", where="recipe", field=f"method.{name}.{part}", remedy=remedy)
             if part not in EXPANSIONS[name]:
-                remedy = f"It takes {', '.join(EXPANSIONS[name])}, each with its own settings"
                 raise InputError(f"has no part `{part}`", where="recipe", field=f"method.{name}", remedy=remedy)
         for part, defaults in EXPANSIONS[name].items():
             parts.setdefault(part, {}).update(defaults | ((settings or {}).get(part) or {}))

@@ -19,6 +19,7 @@ from mcit.data_prep.identity import rank
 from mcit.eval.hashing import cache_dir
 
 from ..planning.outlook import Outlook, Passes
+from ..policy.quantization import quantised
 from ..training.replay import Replay, Replayed, backbone
 from .anchor import Anchor, anchor_path, write_anchor
 from .base import Method
@@ -133,6 +134,7 @@ class Gere(Method):
             "samples": len(self.kinds),
             "layer": "after the last norm",
             **({"sigmas": self.config.sigmas} if self.config.match == "tm" else {}),
+            **quantised(entered.recipe.base_model),
         }
         path = anchor_path(cache_dir() / "anchors" if base else entered.output_dir, provenance)
         if not broadcast_object_list([path.exists()])[0]:

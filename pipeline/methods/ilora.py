@@ -86,9 +86,11 @@ class ILora(Method):
         self.trainer = trainer
         if self.kept and self.config.per_batch:
             self.head = trainer.output_head(self.name)
+        trained = trained_parameters(trainer.model)
+        self.frozen = {name: weight for name, weight in self.slow.items() if name not in trained}  # by another method
         self.slow = {
-            name: self.slow.get(name, weight.detach()).to(weight, copy=True)
-            for name, weight in trained_parameters(trainer.model).items()
+            name: self.slow.get(name, weight.detach()).to(weight.device, torch.float32, copy=True)
+            for name, weight in trained.items()
         }
 
     def callbacks(self) -> list[TrainerCallback]:
@@ -98,7 +100,7 @@ class ILora(Method):
     def average(self) -> None:
         """Move the slow LoRA a step towards the fast one."""
         for name, weight in trained_parameters(self.trainer.model).items():
-            self.slow[name].lerp_(weight, 1 - self.config.decay)
+            self.slow[name].lerp_(weight.float(), 1 - self.config.decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"slow": {name: weight.cpu() for name, weight in self.slow.items()}} if self.config.averages else {}
@@ -119,7 +121,8 @@ class ILora(Method):
         return losses + self.config.weight * torch.stack(gaps)
 
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
-        return {name: weight.float().cpu() for name, weight in self.slow.items()} if self.config.averages else {}
+        slow = {name: weight.cpu() for name, weight in self.slow.items()}
+        return self.frozen | slow if self.config.averages else {}
 
     def disk(self, outlook: Outlook) -> int:
         return FLOAT * outlook.lora * (self.config.averages + (self.config.serve == "slow"))
@@ -135,10 +138,13 @@ class ILora(Method):
         if self.config.serve == "fast":
             return None
 
-        def factor(layer: str, part: str) -> Tensor:
-            return state[f"base_model.model.{layer}.lora_{part}.default.weight"]
+        def factor(layer: str, part: str, own: Tensor) -> Tensor:  # its own where it has never been trained
+            return state.get(f"base_model.model.{layer}.lora_{part}.default.weight", own)
 
-        return {name: Factors(factor(name, "A"), factor(name, "B"), one.scaling) for name, one in policy.items()}
+        return {
+            name: Factors(factor(name, "A", one.a), factor(name, "B", one.b), one.scaling)
+            for name, one in policy.items()
+        }
 
     @torch.no_grad()
     def _slow_states(self, samples: list[int]) -> Tensor:

@@ -94,7 +94,7 @@ class Importance(Method):
             if self.config.normalise:
                 omega /= omega.mean().clamp_min(torch.finfo(omega.dtype).tiny)
             keep_largest(omega, self.config.share)
-        return {
+        return self.past | {  # what another method froze in this stage counts on
             name: omega + self.config.decay * self.past[name] if name in self.past else omega
             for name, omega in found.items()
         }

@@ -80,7 +80,7 @@ def _training_pace(folders: Iterable[Path], paradigm: str) -> Pace | None:
             unit = "num_tokens" if train.get("packing") else "num_places"
             done = next((row[unit] for row in reversed(log) if unit in row), None)
         else:
-            done = trained["steps"] * train["global_batch_size"]
+            done = trained["steps"] * (train["rft"]["global_batch_size"] or train["global_batch_size"])
         if runtime is not None and done:
             starts.append(marker["seconds"] - runtime)
             times, units = times + runtime * trained.get("processes", 1), units + done

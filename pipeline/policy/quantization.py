@@ -36,6 +36,11 @@ def check_quantization(recipe: "Recipe", lineages: set[str], carriers: set[str])
         raise InputError("needs bitsandbytes", where=recipe.name, field=field, remedy="pip install bitsandbytes")
 
 
+def quantised(base: "ModelConfig") -> dict[str, str]:
+    """What identifies a quantised base beside its hash; nothing for one in its own dtype."""
+    return {} if base.quantization == "none" else {"quantization": base.quantization}
+
+
 def quantised_options(base: "ModelConfig") -> dict[str, Any]:
     """What `from_pretrained` takes to load the base as the recipe says; nothing for a base in its own dtype."""
     if base.quantization == "none":

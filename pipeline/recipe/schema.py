@@ -24,6 +24,13 @@ Phase = Literal["sft", "rft"]
 # Of `train:`, what changes how long a training takes and not what comes of it,
 # or only the order of summation, as another launch does.
 WITHOUT_EFFECT = {"checkpoint_every", "picture_cache", "attention"}
+# The same of TRL's arguments. In RFT the micro-batch may be what a loss is a mean over, and the guard reads the log.
+_ARGS_WITHOUT_EFFECT = {
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "report_to", "run_name", "disable_tqdm"),
+    *("dataloader_num_workers", "dataloader_prefetch_factor", "dataloader_pin_memory", "log_level"),
+    *("dataloader_persistent_workers", "log_level_replica", "torch_empty_cache_steps"),
+}
+_SFT_ARGS_WITHOUT_EFFECT = _ARGS_WITHOUT_EFFECT | {"per_device_train_batch_size", "logging_steps"}
 
 
 class ModelConfig(Config):
@@ -112,7 +119,13 @@ class TrainConfig(Config):
     def identity(self) -> dict[str, Any]:
         """What a stage depends on: neither the other paradigm's section nor where rollouts are made."""
         section = self.model_dump(exclude={"sft", "rft"}.difference(self.phases) | WITHOUT_EFFECT)
-        if "rft" in section:
+        for phase in self.phases:
+            spared = _SFT_ARGS_WITHOUT_EFFECT if phase == "sft" else _ARGS_WITHOUT_EFFECT
+            args = section[phase]["args"]
+            section[phase]["args"] = {name: args[name] for name in args if name not in spared}
+        if "rft" not in section:
+            del section["reference"]
+        else:
             rollout = section["rft"]["rollout"]
             section["rft"]["rollout"] = {key: rollout[key] for key in rollout if key not in HARDWARE}
         return section

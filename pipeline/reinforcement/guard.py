@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from mcit.data_prep.errors import InputError
+
 from ..training.parameters import trained_parameters
 from .config import GuardConfig
 
@@ -15,7 +17,7 @@ _FORM = 0.5  # a rate of right forms that was never this high has not been lost
 _STATE = ("best", "looks", "good", "kept", "collapse")  # of a guard, in a checkpoint
 
 
-class Collapsed(RuntimeError):
+class Collapsed(InputError):
     """A policy collapsed before it was once known to be well."""
 
 
@@ -83,7 +85,8 @@ class Guard(TrainerCallback):
     def _stop(self, reason: str, step: int) -> None:
         """Go back to the last good weights. Raises `Collapsed` if there are none."""
         if self.good is None:
-            raise Collapsed(f"the policy collapsed by step {step}: {reason}. Lower the learning rate, or raise beta")
+            remedy = "Lower the learning rate, or raise beta"
+            raise Collapsed(f"the policy collapsed by step {step}: {reason}", remedy=remedy)
         kept, weights = self.good
         for name, parameter in trained_parameters(self.model).items():
             parameter.copy_(weights[name])

@@ -15,6 +15,7 @@ from mcit.data_prep.schema import Sample
 from mcit.eval.hashing import cache_dir
 from mcit.eval.scoring import scorers_of
 
+from ..policy.quantization import quantised
 from ..stage.entering import Entered
 from ..training.batches import by_kind, with_images
 from .config import RifConfig
@@ -75,6 +76,7 @@ def _provenance(entered: Entered, config: RifConfig, args: Any) -> dict[str, Any
         "scorers": {name: scorers_of(task) for name, task in entered.tasks.items()},
         "rollouts": config.rollouts,
         "sampling": {name: getattr(args, name) for name in _SAMPLING},
+        **quantised(entered.recipe.base_model),
     }
 
 

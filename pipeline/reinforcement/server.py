@@ -127,7 +127,9 @@ class ServerRollouts:
         before, names = self.model, [written.serving.hash if written else None]
         self.model = broadcast_object_list(names)[0]
         if written is not None and self.model != before:
-            self._post("load_lora_adapter", {"lora_name": self.model, "lora_path": str(written.adapter)})
+            # In place: a stage that died may have left the same policy there.
+            adapter = {"lora_name": self.model, "lora_path": str(written.adapter), "load_inplace": True}
+            self._post("load_lora_adapter", adapter)
             if before is not None:
                 self._unload(before)
         trainer.accelerator.wait_for_everyone()

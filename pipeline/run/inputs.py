@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mcit.data_prep.prepare import read_task
+from mcit.eval.scorers import scorer_identity
 from mcit.eval.scoring import scorers_of
 from mcit.eval.serving import read_serving
 
@@ -25,13 +26,14 @@ def stage_inputs(recipe: Recipe, stage: Stage, run_dir: Path, entering: Mapping[
     return {
         "stage": stage.k,
         "train": stage.train.identity(),
-        "method": recipe.method,
+        "method": _methods(recipe),
         "seed": recipe.seed,
         "base": row0.model_dump(include={"base_hash", "dtype", "processor", "trust_remote_code"}),
         "data": {name: task["train_hash"] for name, task in tasks.items()},
         **({"anchors": anchors} if anchors else {}),
         **({"blur": recipe.blur, "homes": [stage.tasks for stage in recipe.stages]} if recipe.blur else {}),
         "rewards": {name: scorers_of(task) for name, task in tasks.items() if "rft" in stage.train.phases},
+        **({"code": code} if (code := _own_code(recipe, stage)) else {}),
         **({"behind": behind} if behind else {}),
         **({"quantization": quantization} if quantization != "none" else {}),
         "policy": row0.base_hash if stage.train.lineage == "independent" else entering["policy"],
@@ -39,6 +41,17 @@ def stage_inputs(recipe: Recipe, stage: Stage, run_dir: Path, entering: Mapping[
         # Part of what a stage makes, since nobody can look into its training afterwards.
         **({"during": during.model_dump() | {"test": hashes_of_test_sets(run_dir, seen)}} if during else {}),
     }
+
+
+def _methods(recipe: Recipe) -> dict[str, Any]:
+    """The methods' settings; where ASD's converter is reached changes nothing that it wrote."""
+    return recipe.method | ({"asd": recipe.asd.identity()} if recipe.asd else {})
+
+
+def _own_code(recipe: Recipe, stage: Stage) -> list[str]:
+    """The code of the user's own methods and rewards, which are named as `module:name`."""
+    rewards = stage.train.rft.rewards if "rft" in stage.train.phases else {}
+    return [scorer_identity(name) for name in sorted({*recipe.method, *rewards}) if ":" in name]
 
 
 def effective_recipe(recipe: Recipe) -> dict[str, Any]:

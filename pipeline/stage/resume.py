@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -115,8 +115,9 @@ class Resumable(_Mixin):  # type: ignore[misc]
         file = checkpoint / PROGRESS.format(self.accelerator.process_index)
         if not file.exists():  # fewer processes wrote it
             file = checkpoint / PROGRESS.format(0)
-        progress = torch.load(file, map_location=self.args.device, weights_only=True)
-        for name, value in progress["counters"].items():
+        # States go where they are kept, a generator's to the CPU; counters are added to what the device computes.
+        progress = torch.load(file, map_location="cpu", weights_only=True)
+        for name, value in send_to_device(progress["counters"], self.args.device).items():
             _restore(self, name, value)
         for name, state in progress["stateful"].items():
             self.stateful[name].load_state_dict(state)

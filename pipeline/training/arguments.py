@@ -42,8 +42,12 @@ _INSTEAD = {
     "Saving, evaluating and publishing are steps of their own": [
         *("save_strategy", "eval_strategy", "eval_on_start", "do_eval", "load_best_model_at_end", "push_to_hub"),
         *("hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_always_push"),
-        *("resume_from_checkpoint", "log_completions_hub_repo"),
+        *("resume_from_checkpoint", "log_completions_hub_repo", "save_only_model", "save_on_each_node", "do_train"),
+        *("eval_steps", "eval_delay", "per_device_eval_batch_size", "eval_accumulation_steps", "batch_eval_metrics"),
+        *("eval_do_concat_batches", "eval_use_gather_object", "metric_for_best_model", "greater_is_better"),
     ],
+    "Set train.checkpoint_every": ["save_steps", "save_total_limit"],
+    "Ask the policy with `mcit ask`; the log has what answers earned": ["log_completions", "num_completions_to_print"],
     "The launcher decides": ["use_cpu", "local_rank", "deepspeed", "fsdp", "parallelism_config", "ddp_backend"],
     "The pipeline relies on its own setting": [
         *("ddp_broadcast_buffers", "ddp_find_unused_parameters", "logging_nan_inf_filter"),
@@ -54,6 +58,9 @@ _INSTEAD = {
     "Set train.reference": ["sync_ref_model"],
     "Set train.rft.rollout": [
         *("use_vllm", "use_transformers_continuous_batching", "use_transformers_paged"),
+        *("vllm_mode", "vllm_model_impl", "vllm_enable_sleep_mode", "vllm_structured_outputs_regex"),
+        *("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout", "vllm_group_port"),
+        *("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"),
     ],
 }
 DISTRIBUTED = ("single", "ddp", "zero2", "zero3")  # what stages run under
