@@ -121,6 +121,16 @@ def test_ewc_through_the_hooks_of_three_stages() -> None:
     assert method.finish(model, [sample("x"), sample("y")])["weight"].tolist() == [[7.5, 3]]
 
 
+def test_what_another_method_freezes_keeps_its_importance() -> None:
+    """HFT draws another half in every stage."""
+    model = nn.Linear(2, 1, bias=False)
+    method = Ewc(EwcConfig(weight=10))
+    method.build(model, {"frozen": tensor([3, 4])})
+    method.begin(SimpleNamespace(model=model), Trainer(model, {0: tensor([1, 2])}))
+    state = method.finish(model, [sample("x")])
+    assert state["frozen"].tolist() == [[3, 4]] and state["weight"].tolist() == [[1, 4]]
+
+
 def test_importance_as_mllm_ctbench_scales_it() -> None:
     model = nn.Linear(2, 1, bias=False)
     method = Mas(MasConfig(normalise=True, share=0.5))

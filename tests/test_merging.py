@@ -159,6 +159,27 @@ def test_the_slow_lora_moves_and_is_what_is_evaluated() -> None:
     assert all(torch.equal(again.slow[name], state[name]) for name in state)  # the next stage's average goes on from it
 
 
+def test_the_slow_lora_of_what_another_method_freezes_stays() -> None:
+    model = adapted()
+    shake(model, seed=0)
+    state = {name: value.detach().clone() + 1 for name, value in model.named_parameters() if "lora_" in name}
+    frozen = {name for name in state if ".0." in name}
+    assert frozen and frozen < set(state)
+    for name, value in model.named_parameters():
+        value.requires_grad_(name in state and name not in frozen)
+    for known in (state, {}):
+        method = ILora(ILoraConfig())
+        method.data(stage(2, "continue"), [], {}, known)
+        method.build(model, known)
+        method.begin(SimpleNamespace(), SimpleNamespace(model=model))  # type: ignore[arg-type]
+        kept = method.finish(model, [])
+        served = method.served(live_adapter(model), kept)
+        assert served is not None and set(kept) == (set(state) if known else set(state) - frozen)
+        for name, one in live_adapter(model).items():
+            held = next(key for key in state if name in key and "lora_A" in key)
+            torch.testing.assert_close(served[name].a, one.a + 1 if known else one.a, msg=held)
+
+
 def test_overlap_by_hand() -> None:
     """Two past rows and one new one: products 1·1 + 2·(−1) = −1 and 0·1 + 3·(−1) = −3."""
     past, a = tensor([1, 2], [0, 3]), tensor([1, -1]).requires_grad_()

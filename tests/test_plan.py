@@ -154,6 +154,16 @@ def test_paces_are_means_over_what_was_measured(tmp_path):
         known_runs([tmp_path])
 
 
+def test_the_pace_of_rft_is_that_of_a_completion(tmp_path):
+    run = measured_run(tmp_path / "rft", {"asd": {"fraction": 0.2}}, 50.0, 40.0)
+    marker = read_json(run / "stages" / "01-task" / "done.json")
+    for own, each in ((None, 40 / (5 * 2)), (64, 40 / (5 * 64))):
+        marker["inputs"]["train"] |= {"paradigm": "rft", "rft": {"global_batch_size": own}}
+        write_json(run / "stages" / "01-task" / "done.json", marker)
+        assert measured_training([run], "h", "rft", {}).each == pytest.approx(each)
+    assert measured_training([run], "h", "sft", {}) is None
+
+
 def test_what_methods_do_beside_training_is_measured_with_them_or_added(tmp_path):
     """LwF looks at every sample once more: a third of what training takes with checkpointing, half of it without."""
     plain, lwf = {"asd": {}}, {"lwf": {}}

@@ -84,6 +84,8 @@ def test_a_key_given_twice_is_refused_with_its_place():
 def test_malformed_yaml_names_line_and_column(tmp_path):
     (tmp_path / "r.yaml").write_text("name: x\nstream: [a, b\n")
     assert refusal(tmp_path / "r.yaml").startswith(f"{tmp_path / 'r.yaml'}:3:1: malformed YAML")
+    (tmp_path / "r.yaml").write_text("name: x\nbase_model: {path: {{ DATA }}}\n")
+    assert "a list or mapping is no key: put quotes around" in refusal(tmp_path / "r.yaml")
 
 
 # --- Files, extends, named recipes ------------------------------------------------------------------------------------
@@ -310,12 +312,15 @@ def test_sefe_expands_visibly_and_methods_add_up(recipe_file):
     assert load_recipe(recipe_file, ["method.asd.fraction=0.4"], ["sefe"]).asd.fraction == 0.4
 
 
-def test_methods_that_do_not_fit_are_refused_with_the_file_that_asked(recipe_file):
+def test_methods_that_do_not_fit_are_refused_with_the_file_that_asked(recipe_file, tmp_path):
     line = refusal(recipe_file, ["train.lineage=continue"], ["reglora"])
     assert line.startswith(str(RECIPES / "methods" / "reglora.yaml")) and "works with lineage stack or fold" in line
     assert refusal(recipe_file, with_methods=["seef"]) == "--with seef: no such method. Did you mean `sefe`?"
     assert "Did you mean `reglora`?" in refusal(recipe_file, ["method.regloar={}"])
     assert "cannot be imported" in refusal(recipe_file, with_methods=["no_such_module:Class"])
+    assert "method.sefe.reglora: is no settings" in refusal(recipe_file, ["method.sefe.reglora=100"])
+    (tmp_path / "broken_method.py").write_text("class Mine(\n")
+    assert "cannot be imported: SyntaxError" in refusal(recipe_file, with_methods=["broken_method:Mine"])
 
 
 # --- Refusals ---------------------------------------------------------------------------------------------------------
@@ -466,6 +471,22 @@ def test_a_preset_lies_under_the_recipes_own_settings(tmp_path: Path) -> None:
     assert recipe.train.rft.rewards == {"accuracy": 1.0}
     write_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path).train == recipe.train
+
+
+def test_what_changes_no_result_is_no_part_of_a_stage() -> None:
+    """An out-of-memory error is met by a smaller micro-batch, and then what is done must stay done."""
+
+    def identity(recipe: str, *args: str) -> Any:
+        return load_recipe(recipe, args).train.identity()
+
+    sft, rft = identity("mini/sequential"), identity("mini/rft")
+    quiet = ("gradient_checkpointing=true", "dataloader_num_workers=4", "disable_tqdm=true")
+    for name, before in (("sft", sft), ("rft", rft)):
+        recipe = "mini/sequential" if name == "sft" else "mini/rft"
+        assert identity(recipe, *(f"train.{name}.args.{one}" for one in quiet)) == before
+        assert identity(recipe, f"train.{name}.args.learning_rate=0.5") != before
+    assert identity("mini/sequential", "train.sft.args.per_device_train_batch_size=1", "train.reference=base") == sft
+    assert identity("mini/rft", "train.rft.args.per_device_train_batch_size=8") != rft, "a loss may be a mean over it"
 
 
 def test_where_rollouts_are_made_is_no_part_of_a_stage() -> None:

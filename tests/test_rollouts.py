@@ -21,7 +21,7 @@ from mcit.pipeline.recipe.loading import load_recipe
 from mcit.pipeline.reinforcement.config import GuardConfig, RifConfig
 from mcit.pipeline.reinforcement.guard import Collapsed, Guard
 from mcit.pipeline.reinforcement.rif import keeps
-from mcit.pipeline.reinforcement.rollouts import Drawn, Rollouts, check_groups
+from mcit.pipeline.reinforcement.rollouts import Drawn, Draws, Rollouts, check_groups
 from mcit.pipeline.reinforcement.shipping import check_tokens, runs
 from mcit.pipeline.stage.stage import run_stage
 
@@ -283,6 +283,17 @@ def test_a_guard_goes_on_from_a_checkpoint_as_if_it_had_not_stopped() -> None:
     after.on_log(None, SimpleNamespace(global_step=4), control, logs={"format_rate": 1.0, "entropy": 0.5, **bad})
     assert control.should_training_stop and after.collapse is not None and after.collapse["kept_step"] == 2
     assert model.weight.item() == 2
+
+
+def test_a_stage_that_goes_on_draws_what_it_would_have_drawn() -> None:
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(seed=3), state=SimpleNamespace(global_step=0), _step=0)
+    whole, later, seeds = Draws(), Draws(), []
+    for trainer.state.global_step, trainer._step in ((0, 0), (0, 0), (0, 1), (1, 2)):
+        whole.next(trainer)
+        seeds.append([whole.seed(trainer, place) for place in (0, 8)])
+    later.next(trainer)  # of the process that takes the stage up
+    assert [later.seed(trainer, place) for place in (0, 8)] == seeds[-1]
+    assert len({seed for draw in seeds for seed in draw}) == 8, "drawn again, or in another step, they are others"
 
 
 def test_no_collapse_is_seen_where_there_is_none() -> None:

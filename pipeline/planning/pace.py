@@ -52,31 +52,33 @@ def extra_tokens(passes: Passes, checkpointing: bool, filled: float = 1.0) -> fl
 
 
 def measured_training(
-    runs: Iterable[Path], base_hash: str, paradigm: str, methods: Section, packing: bool = False
+    runs: Iterable[Path], base_hash: str, phase: str, methods: Section, packing: bool = False
 ) -> Pace | None:
-    """The pace of training in earlier runs, packed or not; of RFT, a unit is a completion. None if none was measured.
+    """The pace of a phase in earlier runs that had no other, packed or not; None if none was measured.
+
+    Of RFT, a unit is a completion.
 
     From runs with the same methods; else from those whose methods train and do nothing beside it.
     """
     same, plain = [], []
     for folder in _stages(runs, base_hash):
         inputs = read_json(folder / "done.json")["inputs"]
-        if inputs["train"]["paradigm"] == paradigm and inputs["train"].get("packing", False) == packing:
-            if inputs.get("method", {}) == expand(methods):
+        if inputs["train"]["paradigm"] == phase and inputs["train"].get("packing", False) == packing:
+            if _beside(inputs.get("method", {})) == _beside(expand(methods)):
                 same.append(folder)
             elif _only_train(inputs.get("method", {})):
                 plain.append(folder)
-    found = _training_pace(same, paradigm) if same else _training_pace(plain, paradigm)
+    found = _training_pace(same, phase) if same else _training_pace(plain, phase)
     return found and found._replace(passes=not same)
 
 
-def _training_pace(folders: Iterable[Path], paradigm: str) -> Pace | None:
+def _training_pace(folders: Iterable[Path], phase: str) -> Pace | None:
     starts, times, units = [], 0.0, 0.0
     for folder in folders:
         marker, log = read_json(folder / "done.json"), read_jsonl(folder / "train_log.jsonl")
         trained, train = marker["trained"], marker["inputs"]["train"]
         runtime = next((row["train_runtime"] for row in reversed(log) if "train_runtime" in row), None)
-        if paradigm == "sft":
+        if phase == "sft":
             unit = "num_tokens" if train.get("packing") else "num_places"
             done = next((row[unit] for row in reversed(log) if unit in row), None)
         else:
@@ -85,6 +87,11 @@ def _training_pace(folders: Iterable[Path], paradigm: str) -> Pace | None:
             starts.append(marker["seconds"] - runtime)
             times, units = times + runtime * trained.get("processes", 1), units + done
     return Pace(statistics.mean(starts), times / units, len(starts)) if starts else None
+
+
+def _beside(methods: Section) -> dict[str, Any]:
+    """The methods but ASD, which is at work before training."""
+    return {name: settings for name, settings in methods.items() if name != "asd"}
 
 
 def _only_train(methods: Section) -> bool:

@@ -98,7 +98,7 @@ def plan(recipe: Recipe, machine: Machine, measured: Sequence[Path]) -> Plan:
             memory = training_memory(training)
             host = host_memory(training, memory, on_gpu=machine.gpu_memory is not None)
             train = outlook.stage.train
-            pace = measured_training(measured, base_hash, train.paradigm, recipe.method, train.packing)
+            pace = measured_training(measured, base_hash, phase, recipe.method, train.packing)
             if pace is None and machine.tflops is not None and phase == "sft":
                 pace = assumed_training(shapes.parameters, machine.tflops, _checkpointing(counted, phase))
             rows.append(_row(counted, phase, work, memory, host, pace, methods))

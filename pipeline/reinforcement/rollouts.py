@@ -1,5 +1,6 @@
 """How answers are drawn: by an engine, and again where all answers to a prompt earn the same."""
 
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +38,22 @@ class Engine(Protocol):
     def close(self) -> None:
         """Give its memory back."""
         ...
+
+
+class Draws:
+    """Numbers the draws of each step, so that a stage that goes on from a checkpoint draws what it would have drawn."""
+
+    def __init__(self) -> None:
+        self.step, self.number = (-1, -1), 0
+
+    def seed(self, trainer: Any, place: object) -> int:
+        """Of the answers at `place` in the draw at hand, 31 bits."""
+        return random.Random(f"{trainer.args.seed} {self.step} {self.number} {place}").getrandbits(31)
+
+    def next(self, trainer: Any) -> None:
+        """A draw begins."""
+        step = (trainer.state.global_step, trainer._step)
+        self.step, self.number = step, self.number + 1 if step == self.step else 0
 
 
 class TransformersEngine:

@@ -7,7 +7,6 @@ import base64
 import contextlib
 import io
 import os
-import random
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +23,7 @@ from mcit.eval.engines import Policy
 from mcit.eval.engines.base import end_tokens, image_tokens, load_config
 
 from ..stage.entering import Entered
-from .rollouts import Drawn, Prompts
+from .rollouts import Drawn, Draws, Prompts
 from .shipping import Shipping, check_tokens, runs
 
 FIELD = "train.rft.rollout.url"
@@ -61,14 +60,14 @@ class ServerRollouts:
         self.forbidden = image_tokens(load_config(base))
         self.ends = end_tokens(base, entered.processor.tokenizer)
         self.model: str | None = None  # under which the server has the policy: the hash of it
-        self.calls = 0
+        self.draws = Draws()
         with self._answering():
             self.client.with_options(max_retries=_ATTEMPTS if rollout.url else _PATIENCE).models.list()
 
     def draw(self, prompts: Prompts, samples: Sequence[Sample], trainer: Any) -> Drawn:
         """See `Engine.draw`."""
         self._send(trainer)
-        self.calls += 1
+        self.draws.next(trainer)
         groups = runs(samples)
         asked = [samples[group.start] for group in groups]
         with self._answering(), ThreadPoolExecutor(_IN_FLIGHT) as pool:
@@ -96,8 +95,7 @@ class ServerRollouts:
 
     def _ask(self, trainer: Any, sample: Sample, group: range) -> Any:
         """As many answers to a sample as there are in `group`."""
-        place = f"{trainer.accelerator.process_index} {self.calls} {group.start}"
-        seed = random.Random(f"{trainer.args.seed} {trainer.state.global_step} {place}").getrandbits(31)
+        seed = self.draws.seed(trainer, f"{trainer.accelerator.process_index} {group.start}")
         return self.client.chat.completions.create(
             model=self.model or "",
             messages=_messages(sample),

@@ -1,7 +1,6 @@
 """Rollouts by a vLLM in the process that trains: one engine a stage, sent a LoRA after every optimizer step."""
 
 import contextlib
-import random
 import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import count
@@ -20,7 +19,7 @@ from mcit.eval.engines.vllm import VllmEngine, why_not_vllm
 from ..stage.entering import Entered
 from ..training.arguments import processes
 from .config import RolloutConfig
-from .rollouts import Drawn, Prompts
+from .rollouts import Drawn, Draws, Prompts
 from .shipping import Shipping, check_tokens, runs
 
 FIELD = "train.rft.rollout.engine"
@@ -93,7 +92,7 @@ class VllmRollouts:
         self.folder = tempfile.TemporaryDirectory(prefix="mcit-rollouts-", dir=_MEMORY if _MEMORY.is_dir() else None)
         self.shipping = Shipping(entered, Path(self.folder.name))
         self.policy: Policy | None = None
-        self.restarts = self.calls = 0
+        self.restarts, self.draws = 0, Draws()
         self.vllm = self._start()
 
     def draw(self, prompts: Prompts, samples: Sequence[Sample], trainer: Any) -> Drawn:
@@ -106,7 +105,7 @@ class VllmRollouts:
             | ({"multi_modal_data": {"image": [open_image(path) for path in one["images"]]}} if one["images"] else {})
             for text, one in zip(texts, asked, strict=True)
         ]
-        self.calls += 1
+        self.draws.next(trainer)
         parameters = [self._parameters(trainer, len(group), group.start) for group in groups]
         outputs = self._sampled(trainer, requests, parameters, tokenizer_options(self.vllm.processor, texts[0]))
         seen = [list(output.prompt_token_ids) for output in outputs]
@@ -178,7 +177,7 @@ class VllmRollouts:
         import torch
         from vllm import SamplingParams
 
-        seed = random.Random(f"{trainer.args.seed} {trainer.state.global_step} {self.calls} {place}").getrandbits(31)
+        seed = self.draws.seed(trainer, place)
         return SamplingParams(
             n=answers,
             temperature=trainer.temperature,

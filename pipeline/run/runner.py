@@ -54,6 +54,8 @@ def settle(recipe: Recipe, run_dir: Path, launch: Launch) -> dict[str, Any] | No
 
     Returns the recipe that the directory holds so far. Raises `InputError`, also where a run and a sweep would mix.
     """
+    if run_dir.exists() and not run_dir.is_dir():
+        raise InputError("is a file", where=run_dir, field="--run-dir", remedy="Name a folder")
     before = _recipe_before(run_dir)
     if before and bool(before.get("sweep")) != bool(recipe.sweep):
         kinds = ("a sweep", "a run of its own") if recipe.sweep is None else ("a run of its own", "a sweep")
