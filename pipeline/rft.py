@@ -74,6 +74,7 @@ def make_trainer(entered: Entered) -> StageGRPOTrainer:
         trainer.add_callback(guard)
         trainer.stateful["guard"] = guard
         trainer.notes.append(lambda: {"collapse": guard.collapse})
+    trainer.stateful["rewards"] = rewards
     trainer.add_callback(RewardsDiffer(entered.stage.name, rewards))
     trainer.add_callback(BeginsAtPrevious(KL_AT_START[entered.recipe.base_model.dtype]))
     trainer.add_callback(Closes(engine))

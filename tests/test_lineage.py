@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 from training import random_adapter, tiny_model
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mcit.data_prep.errors import InputError
 from mcit.eval.lora import fold, load_adapter
@@ -20,6 +21,7 @@ from mcit.pipeline.policy.lineage import PastLinear, enter, freeze, leave, stack
 from mcit.pipeline.recipe.schema import ModulesConfig, TrainConfig
 from mcit.pipeline.reinforcement.references import References
 from mcit.pipeline.training.arguments import check_modules, check_reference
+from mcit.pipeline.training.parameters import evaluating
 
 IDS = torch.tensor([[10, 20, 30, 40, 50]])
 Q, UP = "model.language_model.layers.1.self_attn.q_proj", "model.language_model.layers.4.mlp.up_proj"
@@ -237,6 +239,18 @@ def test_target_names_come_from_the_model() -> None:
     tower = set(target_names(model, ModulesConfig(vision="lora"))) - set(language)
     assert "model.visual.blocks.0.attn.qkv" in tower and not any("merger" in name for name in tower)
     assert not any("lm_head" in name or "patch_embed" in name for name in (*language, *merger, *tower))
+
+
+def test_gradients_in_evaluation_mode_checkpoint_as_training_does() -> None:
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    model.train()
+    layers = [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
+    with evaluating(model):
+        assert not any(one.training for one in model.modules())
+    with evaluating(model, gradients=True):
+        assert layers and [one for one in model.modules() if one.training] == layers
+    assert all(one.training for one in model.modules())
 
 
 @pytest.mark.parametrize("modules, runs", [({}, 1), ({"vision": "lora"}, 2)])

@@ -110,6 +110,13 @@ def test_a_task_that_earns_nothing_is_named() -> None:
         InputError, match=r"task again: train.rft.rewards: none of 3 answers earned any reward, and 1 were"
     ):
         rewards.check()
+    rewards.check(least=4)  # too few to tell
+    later = Rewards({"colour": TASK, "again": TASK}, BOTH, {7})
+    later.load_state_dict(rewards.state_dict())
+    for function in later.functions:
+        function(**ask(later, (long, [7]), task="again"))
+    with pytest.raises(InputError, match="none of 4 answers earned any reward, and 1 were cut off"):
+        later.check(least=4)
 
 
 def test_a_sample_of_a_task_without_reward_is_refused() -> None:

@@ -112,7 +112,7 @@ class Fpf(Method):
         trainer, indices = self.trainer, self.drawn.of(self.taken, self.seed)
         self.taken += 1
         total = [torch.zeros_like(weight) for weight in weights]
-        with evaluating(trainer.model), torch.enable_grad():
+        with evaluating(trainer.model, gradients=True), torch.enable_grad():
             for one in trainer.passes(trainer.model, indices):
                 rows = zip(one.hidden, one.labels, one.tokens, strict=True)
                 losses = [answer_loss(h[:tokens], labels[:tokens], self.head) for h, labels, tokens in rows]

@@ -115,7 +115,7 @@ class Refresh(Method):
         trainer, model = self.trainer, self.trainer.model
         total = [torch.zeros_like(weight) for weight in trained.values()]
         learned = torch.zeros((), device=trainer.args.device)
-        with evaluating(model), torch.enable_grad(), trainer.accelerator.autocast():
+        with evaluating(model, gradients=True), torch.enable_grad(), trainer.accelerator.autocast():
             for batch in trainer.coming:
                 inputs = trainer._prepare_input(
                     {k: v for k, v in batch.items() if k not in (REPLAYED, REPLAYED_LABELS)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from mcit.data_prep.errors import InputError
@@ -58,11 +59,15 @@ class Rewards:
         earned = [score_response(sample, stated(sample, answer), scorer)["score"] / 100 for answer in answers]
         return earned[0], max(earned[1:])
 
-    def check(self) -> None:
-        """Refuse a task whose answers have earned nothing. Raises `InputError`."""
-        for task, asked in self.asked.items():
-            if not self.earned[task]:
-                problem = f"none of {asked} answers earned any reward, and {self.cut[task]} were cut off"
+    def check(self, least: int = 0) -> None:
+        """Refuse a task of whose answers, `least` or more, none has earned anything. All processes call it together.
+
+        Raises `InputError`.
+        """
+        asked, earned, cut = (sum(gather_object([one]), Counter[str]()) for one in self._counts())
+        for task, count in asked.items():
+            if count >= least and not earned[task]:
+                problem = f"none of {count} answers earned any reward, and {cut[task]} were cut off"
                 raise InputError(
                     f"{problem}: that teaches nothing",
                     where=f"task {task}",
@@ -70,6 +75,17 @@ class Rewards:
                     remedy="Raise max_completion_length if they were cut off, check scorer and style (`mcit show` "
                     "scores the gold answers), or teach the form first by train.paradigm: sft+rft",
                 )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"counts": [dict(one) for one in self._counts()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with what `state_dict` gave."""
+        self.asked, self.earned, self.cut = (Counter(one) for one in state["counts"])
+
+    def _counts(self) -> tuple[Counter[str], Counter[str], Counter[str]]:
+        return self.asked, self.earned, self.cut
 
     def _scorer(self, sample: Sample) -> Any:
         if sample["task"] not in self.scorers:
@@ -140,9 +156,8 @@ class RewardsDiffer(TrainerCallback):
     def __init__(self, stage: str, rewards: Rewards):
         self.stage, self.rewards = stage, rewards
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if min(self.rewards.asked.values(), default=0) >= HOPELESS:
-            self.rewards.check()
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rewards.check(HOPELESS)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         alike = [row["frac_reward_zero_std"] for row in state.log_history if "frac_reward_zero_std" in row]

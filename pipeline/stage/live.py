@@ -96,6 +96,21 @@ def stage_cost(trainer: "Trainer", seconds: float, processor_seconds: float, sam
     }
 
 
+def both(first: StageCost, second: StageCost) -> StageCost:
+    """What two phases of a stage have cost: sums, and the higher peaks."""
+    peaks = [cost["peak_gpu_bytes"] or 0 for cost in (first, second)]
+    return {
+        "steps": first["steps"] + second["steps"],
+        "samples": first["samples"] + second["samples"],
+        "tokens": first["tokens"] + second["tokens"],
+        "process_hours": round(first["process_hours"] + second["process_hours"], 6),
+        "processor_hours": round(first["processor_hours"] + second["processor_hours"], 6),
+        "gpu_hours": round(first["gpu_hours"] + second["gpu_hours"], 6),
+        "peak_host_bytes": max(first["peak_host_bytes"], second["peak_host_bytes"]),
+        "peak_gpu_bytes": max(peaks) or None,
+    }
+
+
 def _tokens(log: Sequence[Mapping[str, Any]]) -> int:
     """Those that went through the model in training, as TRL counts them."""
     return int(next((row["num_tokens"] for row in reversed(log) if "num_tokens" in row), 0))

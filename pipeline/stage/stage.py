@@ -35,7 +35,7 @@ from ..training.zero3 import keep_whole
 from .during import During, choose_probes
 from .entering import Entered, enter_stage, samples_of
 from .leaving import Save, States, finite, replace_folder, save_state, what_to_save
-from .live import Live, stage_cost
+from .live import Live, both, stage_cost
 from .resume import Checkpointing, Interval
 from .trackers import set_environment
 from .workplace import Workplace, is_first_process
@@ -208,7 +208,9 @@ def _write(
         **trainer.report(),
     }
     if half:
-        summary[stage.train.phases[0]] = read_json(half / "trained.json")
+        before = summary[stage.train.phases[0]] = read_json(half / "trained.json")
+        summary["cost"] = both(before["cost"], summary["cost"])
+        summary["seconds"] += before["seconds"]
     if during:
         during.write(output)
         summary["during"] = during.summary()

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .replay import unwrapped
 from .zero3 import gather
@@ -31,10 +32,13 @@ def fingerprint(model: nn.Module) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in evaluation mode."""
+def evaluating(model: nn.Module, gradients: bool = False) -> Iterator[None]:
+    """`model` in evaluation mode; where it is to give `gradients`, its layers still checkpoint if they did."""
     training = model.training
     model.eval()
+    for layer in model.modules() if gradients else ():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.training = training  # it alone: what is inside stays in evaluation mode
     try:
         yield
     finally:

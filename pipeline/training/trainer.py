@@ -1,6 +1,7 @@
 """What TRL's trainers get beyond their own: the methods' loss terms, the samples that methods replay, and alarms."""
 
 import contextlib
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,7 +132,7 @@ class MethodLoss(Resumable):
         the samples, under the same condition as `look`; an optimizer's own gradients are left alone.
         """
         trained = trained_parameters(self.model)
-        with evaluating(self.model), torch.enable_grad():
+        with evaluating(self.model, gradients=True), torch.enable_grad():
             for one in self.passes(self.model, indices, alone=True):
                 value = of(one.hidden[0, : one.tokens[0]], one.labels[0, : one.tokens[0]])
                 found = torch.autograd.grad(value, list(trained.values()), allow_unused=True, materialize_grads=True)
@@ -253,7 +254,9 @@ class PackedAlike(TrainerCallback):
         model, first = trainer.model, samples[0]
         other = next(one for one in reversed(samples) if bool(one["images"]) == bool(first["images"]))
         rows = [first, other, {**first, "completion": other["completion"]}]
-        batch = trainer.collator.collate(rows)
+        collator = copy.copy(trainer.collator)
+        collator.max_length = _ENDLESS  # of a row that is made for this, and no sample
+        batch = collator.collate(rows)
         del batch["labels"]
         packing = pack(batch["input_ids"], batch["attention_mask"], same_images(rows), width=_ENDLESS)
         inputs = trainer._prepare_input(batch)
