@@ -118,6 +118,11 @@ def test_ewc_through_the_hooks_of_three_stages() -> None:
         model.weight.copy_(tensor([2, 4]))
     assert method.loss(view(model)).item() == 10 / 2 * (5 * 1 + 2 * 9)
     assert method.loss(view(model, last=False)) is None
+    second = Ewc(EwcConfig(weight=10, decay=0.5))  # of a second phase: the stage began where the first began
+    second.build(model, method.hand_over())
+    second.begin(entered, trainer)
+    assert second.loss(view(model)).item() == 10 / 2 * (5 * 1 + 2 * 9)
+    assert second.finish(model, [sample("x"), sample("y")])["weight"].tolist() == [[7.5, 3]]
     assert method.finish(model, [sample("x"), sample("y")])["weight"].tolist() == [[7.5, 3]]
 
 
@@ -165,6 +170,7 @@ def test_l2_is_the_distance_of_the_weights(lineage: str) -> None:
 
     start = shake() if lineage == "continue" else {"0": 0, "1": 0}
     method = L2(L2Config(weight=3))
+    method.build(model, {})
     entered: Any = SimpleNamespace(
         model=model, before=BEFORE, stage=SimpleNamespace(train=SimpleNamespace(lineage=lineage))
     )
@@ -177,6 +183,10 @@ def test_l2_is_the_distance_of_the_weights(lineage: str) -> None:
     expected = 3 / 2 * sum((now[name] - start[name]).square().sum() for name in now)
     ours = method.loss(view(model))
     torch.testing.assert_close(ours, expected)
+    second = L2(L2Config(weight=3))  # of a second phase: the stage began where the first began
+    second.build(model, method.hand_over())
+    second.begin(entered, None)  # type: ignore[arg-type]
+    torch.testing.assert_close(second.loss(view(model)), expected)
     for mine, theirs in zip(torch.autograd.grad(ours, factors), torch.autograd.grad(expected, factors), strict=True):
         torch.testing.assert_close(mine, theirs)
 
@@ -186,6 +196,7 @@ def test_l2_of_weights_that_are_trained_themselves_by_hand() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
     model[1].requires_grad_(False)
     method = L2(L2Config(weight=3))
+    method.build(model, {})
     stage = SimpleNamespace(train=SimpleNamespace(lineage="full"))
     with torch.no_grad():
         model[0].weight.copy_(tensor([1, 2]))

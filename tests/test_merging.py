@@ -148,6 +148,7 @@ def test_the_slow_lora_moves_and_is_what_is_evaluated() -> None:
             for name, a, b, _ in lora_layers(model)
         }
     state = method.finish(model, [])
+    assert all(torch.equal(state[name], value) for name, value in method.hand_over().items())
     served = method.served(live_adapter(model), state)
     assert served is not None
     for name, (a, b) in slow.items():

@@ -111,10 +111,10 @@ def expand(section: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[st
             continue
         for part, own in (settings or {}).items():
             remedy = f"It takes {', '.join(EXPANSIONS[name])}, each with its own settings"
-            if not isinstance(own, Mapping | None):
-                raise InputError("is no settings", where="recipe", field=f"method.{name}.{part}", remedy=remedy)
             if part not in EXPANSIONS[name]:
                 raise InputError(f"has no part `{part}`", where="recipe", field=f"method.{name}", remedy=remedy)
+            if not isinstance(own, Mapping | None):
+                raise InputError("is no settings", where="recipe", field=f"method.{name}.{part}", remedy=remedy)
         for part, defaults in EXPANSIONS[name].items():
             parts.setdefault(part, {}).update(defaults | ((settings or {}).get(part) or {}))
     for name, settings in section.items():

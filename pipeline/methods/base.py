@@ -163,6 +163,10 @@ class Method:
         """The state for the next stage, on the CPU; `model` is trained, still with its adapter `default`."""
         return {}
 
+    def hand_over(self) -> dict[str, "Tensor"]:
+        """The state for a stage's second phase, on the CPU; empty: the one that the stage entered with."""
+        return {}
+
     def served(self, policy: "Adapter", state: Mapping[str, "Tensor"]) -> "Mapping[str, Factors | Dense] | None":
         """What is evaluated in place of `policy`, which the next stage goes on from; None: the policy itself.
 

@@ -120,7 +120,13 @@ class ILora(Method):
         ]
         return losses + self.config.weight * torch.stack(gaps)
 
+    def hand_over(self) -> dict[str, Tensor]:
+        return self._averages()
+
     def finish(self, model: "PeftModel", samples: list[schema.Sample]) -> dict[str, Tensor]:
+        return self._averages()
+
+    def _averages(self) -> dict[str, Tensor]:
         slow = {name: weight.cpu() for name, weight in self.slow.items()}
         return self.frozen | slow if self.config.averages else {}
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ..training.trainer import MethodLoss
 
 
+_START = "start of "  # before the names of weights, in what a first phase hands over
+
+
 class ImportanceConfig(schema.Config):
     """What EWC and MAS have in common."""
 
@@ -56,7 +59,8 @@ class Importance(Method):
         raise NotImplementedError
 
     def build(self, model: "PeftModel", state: dict[str, Tensor]) -> None:
-        self.past = state
+        self.past = {name: omega for name, omega in state.items() if not name.startswith(_START)}
+        self.start = {name.removeprefix(_START): kept for name, kept in state.items() if name.startswith(_START)}
 
     def begin(self, entered: "Entered", trainer: "MethodLoss") -> None:
         if not self.config.weight:
@@ -65,10 +69,16 @@ class Importance(Method):
         self.head = trainer.output_head(self.name)
         entering = trained_parameters(entered.model)
         self.pulls = {
-            name: (self.past[name].to(weight.device), weight.detach().clone())
+            name: (self.past[name].to(weight.device), self.start.get(name, weight.detach()).to(weight, copy=True))
             for name, weight in entering.items()
             if name in self.past
         }
+
+    def hand_over(self) -> dict[str, Tensor]:
+        """Of a second phase the stage has begun with the first."""
+        if not self.config.weight:
+            return {}
+        return self.past | {f"{_START}{name}": start.cpu() for name, (_, start) in self.pulls.items()}
 
     def loss(self, view: StepView) -> Tensor | None:
         if not (self.config.weight and view.last and self.pulls):

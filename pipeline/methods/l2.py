@@ -20,6 +20,8 @@ from ..training.parameters import trained_parameters
 from .base import Method, StepView
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from ..stage.entering import Entered
     from ..training.trainer import MethodLoss
 
@@ -45,14 +47,26 @@ class L2(Method):
 
     config: L2Config
 
+    def build(self, model: "PeftModel", state: dict[str, Tensor]) -> None:
+        self.given = state
+
     def begin(self, entered: "Entered", trainer: "MethodLoss") -> None:
+        def kept(name: str, weight: Tensor) -> Tensor:  # as the stage began, of which this may be the second phase
+            return self.given.get(name, weight.detach()).to(weight, copy=True)
+
         self.acts = bool(self.config.weight) and entered.before.kind != "base"
         lineage = entered.stage.train.lineage if self.acts else ""
         weights = trained_parameters(entered.model) if lineage == "full" else {}
-        self.whole = {name: weight.detach().clone() for name, weight in weights.items()}
+        self.whole = {name: kept(name, weight) for name, weight in weights.items()}
         # In the other lineages B is zero, and so is what the adapter adds.
         layers = lora_layers(entered.model) if lineage == "continue" else []
-        self.start = {name: (a.detach().clone(), b.detach().clone()) for name, a, b, _ in layers}
+        self.start = {name: (kept(f"{name}.a", a), kept(f"{name}.b", b)) for name, a, b, _ in layers}
+
+    def hand_over(self) -> dict[str, Tensor]:
+        factors = {
+            f"{name}.{part}": one for name, pair in self.start.items() for part, one in zip("ab", pair, strict=True)
+        }
+        return {name: weight.cpu() for name, weight in (self.whole | factors).items()}
 
     def loss(self, view: StepView) -> Tensor | None:
         if not (self.acts and view.last):

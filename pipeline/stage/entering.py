@@ -132,7 +132,9 @@ def enter_stage(
     """
     methods = build_methods(recipe.method, stage.train)
     before, carrier = find_before(folder, half, stage, methods), carrier_of(methods)
-    states = {method.name: load_state(folder, method.name) for method in methods}
+    states = {
+        method.name: (half and load_state(half, method.name)) or load_state(folder, method.name) for method in methods
+    }
     samples, tasks = _data(recipe, stage, run_dir, methods, states)
     anchors = {anchor.name: read_task(run_dir / "data" / anchor.name) for anchor in recipe.anchors}
     general = [one for name, task in anchors.items() for one in samples_of(run_dir / "data" / name, task, "train")]

@@ -172,7 +172,10 @@ def _train(entered: Entered, work: Workplace, run_dir: Path, make_trainer: MakeT
         last = entered.phase == stage.train.phases[-1]
         size = sum(one.numel() for one in trained_parameters(tuned).values())
         save = what_to_save(entered, last)
-        states = {method.name: method.finish(tuned, entered.samples) for method in entered.methods} if last else {}
+        states = {
+            method.name: method.finish(tuned, entered.samples) if last else method.hand_over()
+            for method in entered.methods
+        }
         seconds = live.seconds
         cost = stage_cost(trainer, seconds, live.processor_seconds, stage.train.batch_size(entered.phase))
         if trainer.accelerator.is_main_process:
