@@ -28,6 +28,8 @@ class Guard(TrainerCallback):
     kept at one look count from the next one on. Every process sees the same rows, and does the same.
     """
 
+    alike = True  # so a checkpoint has it once
+
     def __init__(self, config: GuardConfig, model: nn.Module):
         self.config, self.model = config, model
         self.rows: deque[dict[str, float]] = deque(maxlen=config.window)

@@ -45,7 +45,8 @@ def stage_needs(outlook: Outlook, methods: Iterable["Method"]) -> Needs:
         # What a LoRA that trains on has added is a difference, of twice its rank.
         increment = train.lora.r * (2 if outlook.resumes else 1)
         kept += FLOAT * outlook.width * (outlook.rank + increment)
-    return Needs(kept, (KEPT + 1) * _CHECKPOINT_BYTES * trained_parameters(outlook, methods))
+    guarded = 2 * FLOAT if "rft" in train.phases and train.rft.guard else 0  # the guard's two copies
+    return Needs(kept, (KEPT + 1) * (_CHECKPOINT_BYTES + guarded) * trained_parameters(outlook, methods))
 
 
 def trained_parameters(outlook: Outlook, methods: Iterable["Method"]) -> int:

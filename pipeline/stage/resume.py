@@ -119,7 +119,11 @@ class Resumable(_Mixin):  # type: ignore[misc]
         progress = torch.load(file, map_location="cpu", weights_only=True)
         for name, value in send_to_device(progress["counters"], self.args.device).items():
             _restore(self, name, value)
-        for name, state in progress["stateful"].items():
+        states = progress["stateful"]
+        if any(_is_alike(one) and name not in states for name, one in self.stateful.items()):
+            shared = torch.load(checkpoint / PROGRESS.format(0), map_location="cpu", weights_only=True)["stateful"]
+            states = shared | states
+        for name, state in states.items():
             self.stateful[name].load_state_dict(state)
 
     # --- what transformers calls --------------------------------------------------------------------------------------
@@ -148,7 +152,8 @@ class Resumable(_Mixin):  # type: ignore[misc]
         self._save_scaler(str(folder))
         self._save_rng_state(str(folder))
         counters = {name: _plain(getattr(self, name)) for name in _COUNTERS if hasattr(self, name)}
-        states = {name: one.state_dict() for name, one in self.stateful.items()}
+        first = accelerator.is_main_process
+        states = {name: one.state_dict() for name, one in self.stateful.items() if first or not _is_alike(one)}
         file = folder / PROGRESS.format(accelerator.process_index)
         torch.save({"counters": counters, "stateful": states}, file)
         accelerator.wait_for_everyone()
@@ -237,6 +242,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     return list(value) if isinstance(value, list) else value
+
+
+def _is_alike(one: Stateful) -> bool:
+    """Whether a state is the same in all processes, so that the first one's is enough."""
+    return bool(getattr(one, "alike", False))
 
 
 def _restore(owner: Any, name: str, value: Any) -> None:
