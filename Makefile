@@ -65,7 +65,7 @@ $(FIGURES)/gere.json: | install
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gere.py $@
 
 $(FIGURES)/rft_step.json: | install
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rft_step.py $@ --lengths 16 --steps 4
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rft_step.py $@
 
 $(FIGURES)/matrix_eval.json: | install
 	$(BIN)/python benchmarks/matrix_eval.py $(RUN) runs/bench-matrix
