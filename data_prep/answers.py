@@ -106,16 +106,15 @@ def named_in(options: Sequence[str], text: str) -> int | None:
 
     `normalise` alone would not tell "x > 3" from "x < 3".
     """
-    wanted = " ".join(text.casefold().split())
-    for same in (lambda option: " ".join(option.casefold().split()) == wanted, lambda option: _alike(option, text)):
-        found = [place for place, option in enumerate(options) if same(option)]
+    for form in (_as_written, normalise):
+        found = [place for place, option in enumerate(options) if form(option) == form(text)]
         if found:
             return found[0] if len(found) == 1 else None
     return None
 
 
-def _alike(one: str, other: str) -> bool:
-    return normalise(one) == normalise(other)
+def _as_written(text: str) -> str:
+    return " ".join(text.casefold().split())
 
 
 def split_tags(response: str) -> tuple[str | None, str]:

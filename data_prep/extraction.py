@@ -67,8 +67,9 @@ def extract(style: Style, answer: str, *, options: Sequence[str] | None = None) 
             box = _box(text)
             return f"[{', '.join(box)}]" if box else None
         case "label":
-            place = _named_option(text, list(options)) if options else None
-            return _phrase(text) if place is None or not options else options[place]
+            labels = list(options or [])
+            place = _named_option(text, labels)
+            return _phrase(text) if place is None else labels[place]
         case "short":
             return _phrase(text)
         case "latex":

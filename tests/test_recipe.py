@@ -17,6 +17,7 @@ from mcit.pipeline.recipe.layers import RECIPES
 from mcit.pipeline.recipe.loading import dump_recipe, load_recipe, write_recipe
 from mcit.pipeline.recipe.schema import Recipe
 from mcit.pipeline.recipe.text import parse_yaml, to_yaml
+from mcit.pipeline.run import inputs
 from mcit.pipeline.run.runner import start_run
 from mcit.pipeline.run.step import Launch
 from mcit.pipeline.run.terminal import Terminal
@@ -547,3 +548,25 @@ def test_the_page_has_every_key_with_its_default() -> None:
     page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
     rows = re.findall(r"^\| `([a-z_.]+)` \| (.+?) \|", page, re.MULTILINE)
     assert len(rows) == len(dict(rows)) and dict(rows) == dict(keys(Recipe))
+
+
+# --- What a stage's fingerprint holds ---------------------------------------------------------------------------------
+
+
+def test_the_code_of_own_rewards_and_methods_counts_where_the_converter_is_does_not(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    module = tmp_path / "own_reward.py"
+    module.write_text("def good(response, references, sample): return 1.0\n")
+    rft = load_recipe("mini/rft", ["train.rft.rewards={accuracy: 0.8, 'own_reward:good': 0.2}"])
+    before = inputs._own_code(rft, rft.stages[0])
+    assert len(before) == 1 and inputs._own_code(rft, rft.stages[0]) == before
+    module.write_text("def good(response, references, sample): return 0.5\n")
+    assert inputs._own_code(rft, rft.stages[0]) != before
+    sft = load_recipe("mini/sequential", [], ["ewc"])
+    assert inputs._own_code(sft, sft.stages[0]) == []
+
+    def methods(endpoint: str, fraction: float = 0.2) -> dict[str, Any]:
+        asd = f"method.asd={{converter: llm, model: m, endpoint: '{endpoint}', fraction: {fraction}}}"
+        return inputs._methods(load_recipe("mini/sequential", [asd]))
+
+    assert methods("http://a/v1") == methods("http://b/v1") != methods("http://a/v1", 0.4)

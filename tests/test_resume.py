@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file
 from training import TINY, launch, make_run, uneven
 
@@ -151,6 +152,20 @@ def test_kills_at_any_step_change_nothing(
     assert outcome(killed[0]) == uninterrupted
     assert {path.name for path in (killed[0] / "stages").iterdir()} == {"00-base", "01-colour"}
     assert train(context, killed) == []
+
+
+def test_a_stage_goes_on_in_smaller_micro_batches(context: Any, tmp_path: Path) -> None:
+    """What is advised where memory ran out: what is done stays done, and the global batch is what it was."""
+    whole, parts = ((tmp_path / name, make_run(tmp_path / name, samples(), RECIPE)) for name in ("whole", "parts"))
+    alike = ("train.lora.dropout=0", "train.checkpoint_every=2")  # each micro-batch draws its own dropout
+    train(context, whole, *alike)
+    train(context, parts, *alike, sign=signal.SIGKILL, at=5)
+    smaller = ("train.sft.args.per_device_train_batch_size=2", "train.sft.args.gradient_checkpointing=true")
+    assert train(context, parts, *alike, *smaller) == [5, 6, 7, 8, 9, 10]
+    one, other = outcome(whole[0]), outcome(parts[0])
+    for name in one.keys() - {"log"}:
+        assert torch.allclose(torch.tensor(one[name]), torch.tensor(other[name]), atol=1e-5), name
+    assert train(context, parts, *alike) == []
 
 
 def test_killed_while_it_writes_and_with_a_torn_checkpoint(

@@ -49,7 +49,7 @@ def swapped(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     own = {name: parameters[name].data for name in weights}
     try:
         for name, value in weights.items():
-            parameters[name].data = value
+            parameters[name].data = value.to(parameters[name])
         yield
     finally:
         for name, value in own.items():
